@@ -1,0 +1,34 @@
+# `make demo` and `make test` set up all they need on a fresh Debian or Ubuntu with Python 3.11 or later, as root.
+VENV := .venv
+STAMP := $(VENV)/.ready
+
+.PHONY: demo test unit kernel system lint setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml .ci/setup
+	.ci/setup $(VENV)
+	touch $@
+
+demo: setup
+	@$(VENV)/bin/silkbus demo
+
+test: setup
+	$(VENV)/bin/pytest
+
+unit: setup
+	$(VENV)/bin/pytest -m "not kernel and not system"
+
+kernel: setup
+	$(VENV)/bin/pytest -m kernel
+
+system: setup
+	$(VENV)/bin/pytest -m system
+
+lint: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,152 @@
+"""Settings of a service: a frozen dataclass, filled from the environment over a JSON file over its defaults.
+
+`cell: str = setting("name of this cell")` becomes the key `cell` of the file and the variable `SILKBUS_CELL`. A field's
+comment is its documentation, printed by `--help`. Whatever is wrong is reported at once, all of it, with its place.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bus.decode import Malformed
+from bus.log import LEVELS
+
+T = TypeVar("T")
+_REQUIRED: Any = dataclasses.MISSING
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used. The text has one line for each thing that is wrong."""
+
+
+def setting(help: str, default: Any = _REQUIRED) -> Any:  # noqa: A002 (argparse's own name for it)
+    """A field of a settings dataclass; without a default it is required."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceSettings:
+    """What every service has."""
+
+    nats: str = setting("NATS servers, comma-separated", "nats://127.0.0.1:4222")
+    log_level: str = setting("debug, info, warning or error", "info")
+
+    def __post_init__(self) -> None:
+        if self.log_level not in LEVELS:
+            raise Malformed(f"log_level: {self.log_level!r} is not one of {', '.join(LEVELS)}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CellSettings(ServiceSettings):
+    """What every service of a cell has."""
+
+    cell: str = setting("name of this cell: letters, digits, '-' and '_'")
+    run_dir: Path = setting("folder of the services' sockets, one private folder each", Path("/run/silkbus"))
+    state_dir: Path = setting("folder of container records and table caches", Path("/var/lib/silkbus"))
+
+    @property
+    def containers_dir(self) -> Path:
+        return self.state_dir / "containers"
+
+    def cache(self, table: str, service: str) -> Path:
+        """Where a service keeps its last state of a table."""
+        return self.state_dir / "cache" / service / f"{table}.table"
+
+    def socket(self, service: str) -> Path:
+        """The socket of a service of this cell: silk, enforcer or networker."""
+        return self.run_dir / service / f"{service}.sock"
+
+
+def load(kind: type[T], file: Path | None, environment: Mapping[str, str]) -> T:
+    """Settings of `kind` from these sources. Raises SettingsError."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    if file is not None:
+        try:
+            content = json.loads(file.read_text())
+        except OSError as error:
+            raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise SettingsError(f"{file}: is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise SettingsError(f"{file}: must hold a JSON object")
+        values.update(content)
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    problems += [f"{file}: {name}: no such setting" for name in values if name not in fields]
+    sources = {name: f"{file}: {name}" for name in values}
+    for name in fields:
+        variable = f"SILKBUS_{name.upper()}"
+        if variable in environment:
+            values[name], sources[name] = environment[variable], variable
+    arguments = {}
+    for name, field in fields.items():
+        if name not in values:
+            if field.default is _REQUIRED:
+                where = f"as {name!r} in {file} or " if file else ""
+                problems.append(f"{name}: required: set it {where}as SILKBUS_{name.upper()} ({field.metadata['help']})")
+            continue
+        try:
+            arguments[name] = _convert(values[name], hints[name])
+        except ValueError as error:
+            problems.append(f"{sources[name]}: {error}")
+    if not problems:
+        try:
+            return kind(**arguments)
+        except ValueError as error:
+            problems.append(str(error))
+    raise SettingsError("\n".join(problems))
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        if value is None or value == "":
+            return None
+        kind = next(option for option in kind.__args__ if option is not types.NoneType)
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise ValueError(f"must be true or false, not {value!r}")
+        return str(value).lower() == "true"
+    if kind in (int, float):
+        if isinstance(value, bool):
+            raise ValueError(f"must be a number, not {value!r}")
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"must be {'an integer' if kind is int else 'a number'}, not {value!r}") from None
+    if typing.get_origin(kind) is tuple:
+        items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise ValueError(f"must be a list, not {value!r}")
+        return tuple(_convert(item, kind.__args__[0]) for item in items)
+    if not isinstance(value, str):
+        raise ValueError(f"must be text, not {value!r}")
+    return kind(value)
+
+
+def from_command_line(kind: type[T], program: str, what: str) -> T:
+    """Settings for a service's main: reads `--config FILE` and the environment; prints what is wrong and exits 2."""
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    lines = [
+        f"  {f.name:22} {f.metadata['help']} " + ("(required)" if f.default is _REQUIRED else f"[{f.default}]")
+        for f in fields
+    ]
+    parser = argparse.ArgumentParser(
+        program,
+        description=what,
+        epilog="settings (key in FILE, or SILKBUS_KEY in the environment):\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as a JSON object")
+    arguments = parser.parse_args()
+    try:
+        return load(kind, arguments.config, os.environ)
+    except SettingsError as error:
+        sys.exit("\n".join(f"{program}: {line}" for line in str(error).splitlines()))

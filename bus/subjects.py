@@ -1,0 +1,45 @@
+"""The NATS subjects, laid out so that permissions can be least.
+
+    silkbus.table.TABLE.change       servers publish, everybody follows
+    silkbus.table.TABLE.heartbeat    servers publish, everybody follows
+    silkbus.table.TABLE.fetch        everybody asks, one server of the queue group answers
+    silkbus.lease.CELL.VERB          CELL asks, one Silk controller answers (VERB: acquire, renew, release)
+    silkbus.cell.CELL.TOPIC          CELL publishes (TOPIC: state, container)
+    silkbus.event.TABLE.KIND         servers publish, on JetStream; readers read
+
+A cell may publish only under its own name; who answers it does so in its inbox, whose prefix is its own.
+"""
+
+from bus.messages import CellName
+
+ROOT = "silkbus"
+
+
+def table_change(table: str) -> str:
+    return f"{ROOT}.table.{table}.change"
+
+
+def table_heartbeat(table: str) -> str:
+    return f"{ROOT}.table.{table}.heartbeat"
+
+
+def table_fetch(table: str) -> str:
+    return f"{ROOT}.table.{table}.fetch"
+
+
+def lease(cell: CellName | str, verb: str) -> str:
+    """Where a cell asks for its lease; `*` as the cell is what the controller listens to."""
+    return f"{ROOT}.lease.{cell}.{verb}"
+
+
+def cell(name: CellName | str, topic: str) -> str:
+    return f"{ROOT}.cell.{name}.{topic}"
+
+
+def event(table: str, kind: str) -> str:
+    return f"{ROOT}.event.{table}.{kind}"
+
+
+def inbox(role: str, name: str) -> str:
+    """The inbox prefix of one client: nobody else may listen there."""
+    return f"_INBOX_{role}_{name}"
