@@ -1,0 +1,322 @@
+"""A connection to NATS that never gives up and never hangs.
+
+nats-py reconnects by itself, but a client may also end for good (a permission error, a protocol error, a slow consumer
+cut off by the server), may wait minutes for a peer that went silent, and may lose its read loop. So here one client
+lives exactly as long as one connection: when it ends, or does not answer a round trip in time, it is thrown away, and a
+new one is made with back-off, and every subscription is made again. Starting with the bus down is the same case.
+
+Publishing while disconnected drops the message and says so: everything sent here can be asked for again.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import nats
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from prometheus_client import Counter, Gauge
+from tenacity import AsyncRetrying, RetryCallState, wait_random_exponential
+
+from bus import subjects
+from bus.decode import Fields, Malformed
+from bus.log import about
+from bus.wire import decode, encode
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 2
+CHECK_INTERVAL = 2.0
+CHECK_TIMEOUT = 3
+MAX_BACKOFF = 5.0
+CLOSE_TIMEOUT = 2.0
+MAX_CONCURRENT_ANSWERS = 256
+MAX_BACKLOG_BYTES = 64 << 20
+
+CONNECTED = Gauge("silkbus_bus_connected", "1 while connected to NATS")
+DROPPED = Counter("silkbus_bus_dropped_total", "Messages not sent because the bus was away or its buffer was full")
+MALFORMED = Counter("silkbus_bus_malformed_total", "Messages refused because they could not be understood")
+
+
+class BusAway(Exception):
+    """There is no connection to NATS now. It is being re-made; nothing was sent."""
+
+
+class NoAnswer(Exception):
+    """Nobody answered in time. Whether the request was carried out is not known."""
+
+
+Handler = Callable[[str, bytes], None]
+Answerer = Callable[[str, Fields], Awaitable[Mapping[str, Any]]]
+PartsAnswerer = Callable[[str, Fields], Awaitable[Sequence[Mapping[str, Any]]]]
+
+
+@dataclass(eq=False)
+class _Subscription:
+    subject: str
+    queue: str
+    callback: Callable[[Msg], Awaitable[None]]
+
+
+@dataclass(eq=False)
+class Connection:
+    """One service's connection. Made by `connect`; all methods are for the event loop's thread."""
+
+    servers: list[str]
+    name: str
+    inbox_prefix: str
+    options: Mapping[str, Any]
+    _client: Client | None = None
+    _subscriptions: list[_Subscription] = field(default_factory=list)
+    _watchers: list[Callable[[], None]] = field(default_factory=list)
+    _answering: set[asyncio.Task[None]] = field(default_factory=set)
+    _connected: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and self._client.is_connected
+
+    @property
+    def max_payload(self) -> int:
+        """The largest message the server takes, in bytes; NATS's default while that is not known."""
+        return int(self._client.max_payload) if self._client is not None else 1 << 20
+
+    def on_connect(self, watcher: Callable[[], None]) -> None:
+        """Call `watcher` after each connection made from now on."""
+        self._watchers.append(watcher)
+
+    async def wait_connected(self, timeout: float) -> bool:
+        """Whether there is a connection within `timeout` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._connected.wait()
+        return self.connected
+
+    async def publish(self, subject: str, message: Mapping[str, Any], *, reply: str = "") -> bool:
+        """Send a message if there is a connection; whether it was handed to one is the answer."""
+        return await self.publish_bytes(subject, encode(message), reply=reply)
+
+    async def publish_bytes(self, subject: str, data: bytes, *, reply: str = "") -> bool:
+        client = self._client
+        if client is None or not client.is_connected or client.pending_data_size > MAX_BACKLOG_BYTES:
+            DROPPED.inc()
+            return False
+        try:
+            await client.publish(subject, data, reply=reply)
+        except (nats.errors.Error, OSError) as error:
+            DROPPED.inc()
+            log.warning("message not sent", extra=about(subject=subject, bytes=len(data), error=repr(error)))
+            return False
+        return True
+
+    async def listen(self, subject: str, handler: Handler) -> None:
+        """Call `handler(subject, data)` for each message, in order, on this connection and all that follow it."""
+
+        async def callback(message: Msg) -> None:
+            try:
+                handler(message.subject, message.data)
+            except Malformed as error:
+                MALFORMED.inc()
+                log.warning("message refused", extra=about(subject=message.subject, error=str(error)))
+
+        await self._add(_Subscription(subject, "", callback))
+
+    async def serve(self, subject: str, answerer: Answerer, *, queue: str) -> None:
+        """Answer requests to `subject`, sharing them with the others of `queue`, many at a time.
+
+        The answer to what cannot be understood, or fails, is `{"error": text}`.
+        """
+
+        async def one(subject: str, request: Fields) -> Sequence[Mapping[str, Any]]:
+            return [await answerer(subject, request)]
+
+        await self.serve_parts(subject, one, queue=queue)
+
+    async def serve_parts(self, subject: str, answerer: PartsAnswerer, *, queue: str) -> None:
+        """As `serve`, for answers of several messages, or of none, when another of the queue may know better."""
+        slots = asyncio.Semaphore(MAX_CONCURRENT_ANSWERS)
+
+        async def answer(message: Msg) -> None:
+            try:
+                parts = await answerer(message.subject, decode(message.data, f"request {message.subject}"))
+            except Malformed as error:
+                MALFORMED.inc()
+                parts = [{"error": str(error)}]
+            except Exception as error:  # one bad request must not end the service
+                log.exception("request failed", extra=about(subject=message.subject))
+                parts = [{"error": f"unexpected error: {error!r}; see the server's log"}]
+            finally:
+                slots.release()
+            for part in parts if message.reply else ():
+                if not await self.publish(message.reply, part):
+                    break
+
+        async def callback(message: Msg) -> None:
+            await slots.acquire()
+            task = asyncio.create_task(answer(message))
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+
+        await self._add(_Subscription(subject, queue, callback))
+
+    async def request(self, subject: str, message: Mapping[str, Any], *, timeout: float) -> Fields:
+        """Ask and give back the answer. Raises BusAway, NoAnswer, or Malformed for an answer not understood."""
+        client = self._client
+        if client is None or not client.is_connected:
+            raise BusAway(f"no connection to NATS at {', '.join(self.servers)}")
+        try:
+            answer = await client.request(subject, encode(message), timeout=timeout)
+        except nats.errors.NoRespondersError:
+            raise NoAnswer(f"nobody serves {subject}") from None
+        except (nats.errors.TimeoutError, TimeoutError):
+            raise NoAnswer(f"no answer to {subject} within {timeout:g} s") from None
+        except (nats.errors.Error, OSError) as error:
+            raise BusAway(f"asking {subject}: {error!r}") from None
+        return decode(answer.data, f"answer to {subject}")
+
+    async def collect(self, subject: str, message: Mapping[str, Any], *, timeout: float) -> AsyncIterator[Fields]:
+        """Ask a question that is answered in several messages; `timeout` is for each. The caller knows the last.
+
+        Raises as `request`.
+        """
+        client = self._client
+        if client is None or not client.is_connected:
+            raise BusAway(f"no connection to NATS at {', '.join(self.servers)}")
+        try:
+            inbox = client.new_inbox()
+            subscription = await client.subscribe(inbox)
+            try:
+                await client.publish(subject, encode(message), reply=inbox)
+                while True:
+                    part: Msg = await subscription.next_msg(timeout=timeout)
+                    if part.headers and part.headers.get("Status") == "503":
+                        raise NoAnswer(f"nobody serves {subject}")
+                    yield decode(part.data, f"answer to {subject}")
+            finally:
+                with suppress(nats.errors.Error, OSError):
+                    await subscription.unsubscribe()
+        except (nats.errors.TimeoutError, TimeoutError):
+            raise NoAnswer(f"no answer to {subject} within {timeout:g} s") from None
+        except (nats.errors.Error, OSError) as error:
+            raise BusAway(f"asking {subject}: {error!r}") from None
+
+    async def _add(self, subscription: _Subscription) -> None:
+        self._subscriptions.append(subscription)
+        if self._client is not None:
+            with suppress(nats.errors.Error, OSError):  # then the client is ending, and the next one takes it up
+                await self._subscribe(self._client, subscription)
+
+    async def _subscribe(self, client: Client, subscription: _Subscription) -> None:
+        await client.subscribe(subscription.subject, queue=subscription.queue, cb=subscription.callback)
+
+    async def _keep(self) -> None:
+        """Have a client, for ever."""
+        while True:
+            client, ended = await self._open()
+            try:
+                await self._watch(client, ended)
+            finally:
+                self._client = None
+                self._connected.clear()
+                CONNECTED.set(0)
+                await _close(client)
+            log.warning("connection to NATS lost", extra=about(servers=self.servers))
+
+    async def _open(self) -> tuple[Client, asyncio.Event]:
+        """A connected client with all subscriptions, however long it takes."""
+
+        def say(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            fields = about(servers=self.servers, attempt=state.attempt_number, error=repr(error))
+            log.warning("cannot connect to NATS, trying again", extra=fields)
+
+        async for attempt in AsyncRetrying(wait=wait_random_exponential(0.1, max=MAX_BACKOFF), before_sleep=say):
+            with attempt:
+                return await self._open_once()
+        raise AssertionError("retrying without a limit does not end")
+
+    async def _open_once(self) -> tuple[Client, asyncio.Event]:
+        ended = asyncio.Event()
+        client = Client()
+
+        async def on_end() -> None:
+            ended.set()
+
+        async def on_error(error: Exception) -> None:
+            log.warning("NATS client reports an error", extra=about(error=repr(error)))
+
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT * 3):
+                # One address per client: which one is tried when is decided here, not in the client.
+                await client.connect(
+                    servers=[random.choice(self.servers)],  # noqa: S311 (spreads load, keeps no secret)
+                    name=self.name,
+                    allow_reconnect=False,
+                    connect_timeout=CONNECT_TIMEOUT,
+                    disconnected_cb=on_end,
+                    closed_cb=on_end,
+                    error_cb=on_error,
+                    inbox_prefix=self.inbox_prefix,
+                    **self.options,
+                )
+                for subscription in self._subscriptions:
+                    await self._subscribe(client, subscription)
+                await client.flush(timeout=CHECK_TIMEOUT)
+        except BaseException:
+            await _close(client)
+            raise
+        self._client = client
+        self._connected.set()
+        CONNECTED.set(1)
+        log.info("connected to NATS", extra=about(server=str(client.connected_url and client.connected_url.netloc)))
+        for watcher in self._watchers:
+            watcher()
+        return client, ended
+
+    async def _watch(self, client: Client, ended: asyncio.Event) -> None:
+        """Return when the client has ended, or a round trip to the server fails."""
+        while client.is_connected:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_INTERVAL):
+                    await ended.wait()
+                return
+            try:
+                async with asyncio.timeout(CHECK_TIMEOUT + 1):
+                    await client.flush(timeout=CHECK_TIMEOUT)
+            except (nats.errors.Error, OSError, TimeoutError) as error:
+                log.warning("NATS does not answer", extra=about(error=repr(error)))
+                return
+
+
+async def _close(client: Client) -> None:
+    # A client that is wedged must not hold up the next one; a failure to close says nothing we could act on.
+    with suppress(Exception):
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await client.close()
+
+
+@asynccontextmanager
+async def connect(servers: str, *, role: str, name: str, **options: Any) -> AsyncIterator[Connection]:
+    """A connection for one service, kept while inside.
+
+    `servers` is a comma-separated list of NATS URLs. `role` (policy-server, silk-controller, cell, reader) and `name`
+    make up the client's name and its inbox prefix. `options` go to nats-py (TLS, credentials).
+    """
+    connection = Connection(
+        servers=[server.strip() for server in servers.split(",") if server.strip()],
+        name=f"{role}/{name}",
+        inbox_prefix=subjects.inbox(role, name),
+        options=options,
+    )
+    keeper = asyncio.create_task(connection._keep())
+    try:
+        yield connection
+    finally:
+        keeper.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeper

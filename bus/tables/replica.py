@@ -1,0 +1,195 @@
+"""A replica of a table on a cell: the follower's decisions carried out over NATS, its state kept on disk."""
+
+import asyncio
+import logging
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from bus import subjects
+from bus.connection import BusAway, Connection, NoAnswer
+from bus.decode import Fields, Malformed
+from bus.log import about
+from bus.messages import Revision
+from bus.tables import cache
+from bus.tables.follower import Follower, State
+from bus.tables.table import Key, Table, Update
+from bus.wire import decode
+
+log = logging.getLogger(__name__)
+
+V = TypeVar("V")
+
+ANSWER_TIMEOUT = 5.0
+MAX_PARTS = 10_000
+MAX_TABLE_BYTES = 1 << 30
+CONFIRM_SAVE_SECONDS = 60.0
+"""How often an unchanged state is written again, so that its time of confirmation does not grow old on disk."""
+MAX_STALE = 7 * 24 * 3600.0
+
+
+def boot_clock() -> float:
+    """Seconds since boot, counted through suspend: a clock that nobody sets."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Replica(Generic[V]):
+    """Follows `table`. Listen first, then `run` it in a task; nothing may be derived before `usable` returns.
+
+    `cache` is the file that keeps the last state; `max_stale`, in seconds, is how old a state may be that the centre
+    has not confirmed since. Listeners are called in the event loop and must not block.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        table: Table[V],
+        *,
+        cache: Path | None = None,
+        max_stale: float = MAX_STALE,
+    ) -> None:
+        self._connection = connection
+        self._table = table
+        self._cache = cache
+        self._max_stale = max_stale
+        self._listeners: list[Callable[[Update[V]], None]] = []
+        self._follower: Follower[V] | None = None
+        self._usable = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._changed = False
+
+    @property
+    def entries(self) -> Mapping[Key, V]:
+        return {} if self._follower is None else self._follower.entries
+
+    @property
+    def revision(self) -> Revision:
+        return Revision(0) if self._follower is None else self._follower.revision
+
+    @property
+    def state(self) -> State:
+        return State.STARTING if self._follower is None else self._follower.state
+
+    def listen(self, listener: Callable[[Update[V]], None]) -> None:
+        """Have every update from now on; one that listens before `run` misses none."""
+        self._listeners.append(listener)
+
+    async def usable(self) -> None:
+        """Return once the replica is live, or started from its cache, or empty for want of both: within 10 s."""
+        await self._usable.wait()
+
+    async def run(self) -> None:
+        """Follow for ever."""
+        cached = await asyncio.to_thread(cache.load, self._cache, self._table.name) if self._cache else None
+        follower = self._follower = Follower(
+            self._table,
+            self._emit,
+            now=boot_clock(),
+            max_stale=self._max_stale,
+            content=cached.content if cached else None,
+            age=cached.age if cached else None,
+        )
+        self._connection.on_connect(self._on_connect)
+        await self._connection.listen(subjects.table_change(self._table.name), self._on_change)
+        await self._connection.listen(subjects.table_heartbeat(self._table.name), self._on_heartbeat)
+        saver = asyncio.create_task(self._keep_saving(follower))
+        try:
+            await self._follow(follower)
+        finally:
+            saver.cancel()
+
+    async def _follow(self, follower: Follower[V]) -> None:
+        while True:
+            follower.tick(boot_clock())
+            if follower.ask_at is not None and follower.ask_at <= boot_clock():
+                await self._ask(follower)
+            if follower.state is not State.STARTING:
+                self._usable.set()
+            self._wake.clear()
+            wait = 1.0 if follower.ask_at is None else min(1.0, max(0.0, follower.ask_at - boot_clock()))
+            try:
+                async with asyncio.timeout(wait):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _ask(self, follower: Follower[V]) -> None:
+        ask = follower.begin_ask()
+        message = {"epoch": ask.epoch or None, "since": ask.since}
+        try:
+            head, data = await self._collect(message)
+            follower.on_answer(head, data, boot_clock())
+        except (BusAway, NoAnswer) as error:
+            log.debug("the centre did not answer", extra=about(table=self._table.name, error=str(error)))
+            follower.on_no_answer(boot_clock())
+        except (Malformed, zlib.error) as error:
+            log.error("the centre's answer is refused", extra=about(table=self._table.name, error=str(error)))
+            follower.on_no_answer(boot_clock())
+
+    async def _collect(self, message: Mapping[str, object]) -> tuple[Fields, bytes]:
+        """All parts of one answer: the first's head, and the data joined and uncompressed."""
+        subject = subjects.table_fetch(self._table.name)
+        parts: dict[int, bytes] = {}
+        first: Fields | None = None
+        async for fields in self._connection.collect(subject, message, timeout=ANSWER_TIMEOUT):
+            first = first or fields
+            count = fields.integer("parts", low=1, high=MAX_PARTS)
+            parts[fields.integer("part", high=count - 1)] = fields.data("data")
+            if len(parts) == count:
+                break
+        if first is None:
+            raise NoAnswer(f"no answer to {subject}")
+        joined = b"".join(parts[number] for number in range(len(parts)))
+        return first, _decompress(joined) if joined else b""
+
+    def _emit(self, update: Update[V]) -> None:
+        self._changed = True
+        for listener in self._listeners:
+            listener(update)
+
+    def _on_change(self, subject: str, data: bytes) -> None:
+        if self._follower is not None:
+            self._follower.on_change(decode(data, subject), boot_clock())
+            self._wake.set()
+
+    def _on_heartbeat(self, subject: str, data: bytes) -> None:
+        if self._follower is not None:
+            self._follower.on_heartbeat(decode(data, subject), boot_clock())
+            self._wake.set()
+
+    def _on_connect(self) -> None:
+        if self._follower is not None:
+            self._follower.on_connect(boot_clock())
+            self._wake.set()
+
+    async def _keep_saving(self, follower: Follower[V]) -> None:
+        """Write the state after it changed, or was confirmed a while; busy for a twentieth of the time at most."""
+        if self._cache is None:
+            return
+        saved_at = boot_clock()
+        wait = 1.0
+        while True:
+            await asyncio.sleep(wait)
+            due = self._changed or boot_clock() - saved_at > CONFIRM_SAVE_SECONDS
+            if not due or follower.confirmed_at is None or not follower.content.epoch:
+                continue
+            begun = boot_clock()
+            self._changed = False
+            data = cache.dump(follower.content, self._table.name, begun - follower.confirmed_at)
+            try:
+                await asyncio.to_thread(cache.store, self._cache, data)
+            except OSError as error:
+                self._changed = True
+                log.error("table cache not written", extra=about(file=str(self._cache), error=str(error)))
+            saved_at = boot_clock()
+            wait = max(1.0, 20 * (saved_at - begun))
+
+
+def _decompress(data: bytes) -> bytes:
+    engine = zlib.decompressobj()
+    plain = engine.decompress(data, MAX_TABLE_BYTES)
+    if engine.unconsumed_tail or not engine.eof:
+        raise Malformed(f"answer: does not unpack to a whole table of at most {MAX_TABLE_BYTES} bytes")
+    return plain
