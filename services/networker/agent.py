@@ -1,0 +1,75 @@
+"""The networker of a cell: front doors for container runtimes, container records, the order in which things happen."""
+
+import asyncio
+import dataclasses
+import logging
+from contextlib import AsyncExitStack
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from bus.decode import Malformed
+from bus.local import Health, Service, application, serving_privately
+from bus.log import about, setup
+from bus.messages import cell_name
+from bus.process import KernelThread, run
+from bus.records import Records
+from bus.settings import CellSettings, from_command_line, setting
+from services.networker.attachments import Attachments
+from services.networker.cni_door import CniDoor
+from services.networker.sweep import Sweep
+
+log = logging.getLogger(__name__)
+
+LONGEST_CALL = 30.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkerSettings(CellSettings):
+    """Settings of the networker."""
+
+    attach_timeout: float = setting("seconds the silk worker has for a link", 10.0)
+    admit_timeout: float = setting("seconds the enforcer has for a container's rules", 20.0)
+
+    def __post_init__(self) -> None:
+        CellSettings.__post_init__(self)
+        cell_name(self.cell)
+        for name in ("attach_timeout", "admit_timeout"):
+            if not 0 < getattr(self, name) <= LONGEST_CALL:
+                raise Malformed(f"{name}: must be more than 0 and at most {LONGEST_CALL:g}, for runtimes wait 60 s")
+
+
+async def serve(settings: NetworkerSettings) -> None:
+    """Serve until cancelled. What is under way then gets a few seconds; the rest is for the next start's sweep."""
+    disk = KernelThread("disk")
+    silk = Service("silk", settings.socket("silk"))
+    enforcer = Service("enforcer", settings.socket("enforcer"))
+    attachments = Attachments(
+        Records(settings.containers_dir),
+        silk,
+        enforcer,
+        disk,
+        attach_timeout=settings.attach_timeout,
+        admit_timeout=settings.admit_timeout,
+    )
+
+    async def containers(_: Request) -> Response:
+        return JSONResponse({"containers": [record.encode() for record in await attachments.all()]})
+
+    async with AsyncExitStack() as stack:
+        stack.callback(disk.close)
+        stack.push_async_callback(silk.close)
+        stack.push_async_callback(enforcer.close)
+        routes = [*CniDoor(attachments).routes(), Route("/containers", containers)]
+        socket = settings.socket("networker")
+        await stack.enter_async_context(serving_privately(application(routes, Health()), socket))
+        log.info("serving", extra=about(socket=str(socket)))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(Sweep(attachments, disk).run())
+
+
+def main() -> None:
+    settings = from_command_line(NetworkerSettings, "silkbus-networker", "The networker of a cell: CNI and records.")
+    setup("networker", settings.log_level, cell=settings.cell)
+    run(lambda: serve(settings))
