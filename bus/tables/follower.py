@@ -72,6 +72,7 @@ class Follower(Generic[V]):
         *,
         now: float,
         max_stale: float,
+        patience: float = START_SECONDS,
         content: Content | None = None,
         age: float | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Follower(Generic[V]):
         self.confirmed_at = now - age if age is not None else None
         self._emit = emit
         self._max_stale = max_stale
+        self._patience = patience
         self._started_at = now
         self._heard_at = now
         self._whole = False
@@ -146,7 +148,7 @@ class Follower(Generic[V]):
             if self.state is State.LIVE:
                 self.state = State.CACHED
                 log.warning("the centre is silent, going on with what it last said", extra=self._about())
-        if self.state is State.STARTING and now - self._started_at >= START_SECONDS:
+        if self.state is State.STARTING and now - self._started_at >= self._patience:
             self.state = State.CACHED if self.content.epoch else State.DEGRADED
             log.warning("the centre does not answer, starting without it", extra=self._about(state=self.state))
         if self.state is not State.DEGRADED and self.content.epoch and self._stale(now):

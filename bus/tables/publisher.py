@@ -12,7 +12,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from databases.core import Connection as DatabaseConnection
 from prometheus_client import Counter, Gauge
@@ -20,11 +20,13 @@ from prometheus_client import Counter, Gauge
 from bus import subjects
 from bus.connection import Connection
 from bus.decode import Fields
-from bus.ledger import Ledger, Outcome
 from bus.log import about
 from bus.messages import Revision
 from bus.tables.table import Changes, Content, Key, Table
 from bus.wire import encode, pack
+
+if TYPE_CHECKING:  # bus.ledger itself uses bus.tables.table, in this package
+    from bus.ledger import Ledger, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ REVISION = Gauge("silkbus_table_revision", "Revision of the table in the databas
 class Publisher(Generic[V]):
     """Publishes one table. `entries` reads all its entries from SQL, as key -> value before packing."""
 
-    def __init__(self, connection: Connection, ledger: Ledger, table: Table[V], entries: Entries) -> None:
+    def __init__(self, connection: Connection, ledger: "Ledger", table: Table[V], entries: Entries) -> None:
         self.connection = connection
         self.ledger = ledger
         self.table = table
@@ -65,7 +67,7 @@ class Publisher(Generic[V]):
         """The revision this publisher knows, or None before it has read the database."""
         return None if self._mirror is None else self._mirror.revision
 
-    def committed(self, outcome: Outcome[Any]) -> None:
+    def committed(self, outcome: "Outcome[Any]") -> None:
         """Publish a change that was just committed. Returns at once, whatever the bus does."""
         if outcome.changed:
             self._outgoing.append(outcome)
@@ -90,7 +92,7 @@ class Publisher(Generic[V]):
             except TimeoutError:
                 pass
 
-    async def _publish(self, outcome: Outcome[Any]) -> None:
+    async def _publish(self, outcome: "Outcome[Any]") -> None:
         message: dict[str, Any] = {
             "epoch": self._mirror.epoch if self._mirror else (await self.ledger.head())[0],
             "previous": outcome.revision - 1,
@@ -180,11 +182,11 @@ class Publisher(Generic[V]):
                 for revision, changes in self._kept:
                     if revision > since:
                         merged.update(changes)
-                return "changes", _compress(tuple(merged.items()))
+                return "changes", compress(tuple(merged.items()))
         if self._snapshot is None or self._snapshot[0] != mirror.revision:
-            self._snapshot = mirror.revision, _compress(tuple(mirror.entries.items()))
+            self._snapshot = mirror.revision, compress(tuple(mirror.entries.items()))
         return "snapshot", self._snapshot[1]
 
 
-def _compress(changes: Changes) -> bytes:
+def compress(changes: Changes) -> bytes:
     return zlib.compress(pack([[list(key), data] for key, data in changes]), COMPRESSION)

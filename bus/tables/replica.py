@@ -14,7 +14,7 @@ from bus.decode import Fields, Malformed
 from bus.log import about
 from bus.messages import Revision
 from bus.tables import cache
-from bus.tables.follower import Follower, State
+from bus.tables.follower import START_SECONDS, Follower, State
 from bus.tables.table import Key, Table, Update
 from bus.wire import decode
 
@@ -39,7 +39,7 @@ class Replica(Generic[V]):
     """Follows `table`. Listen first, then `run` it in a task; nothing may be derived before `usable` returns.
 
     `cache` is the file that keeps the last state; `max_stale`, in seconds, is how old a state may be that the centre
-    has not confirmed since. Listeners are called in the event loop and must not block.
+    has not confirmed since, and `patience`, also in seconds, how long to wait for it at the start. Listeners are called in the event loop and must not block.
     """
 
     def __init__(
@@ -49,11 +49,13 @@ class Replica(Generic[V]):
         *,
         cache: Path | None = None,
         max_stale: float = MAX_STALE,
+        patience: float = START_SECONDS,
     ) -> None:
         self._connection = connection
         self._table = table
         self._cache = cache
         self._max_stale = max_stale
+        self._patience = patience
         self._listeners: list[Callable[[Update[V]], None]] = []
         self._follower: Follower[V] | None = None
         self._usable = asyncio.Event()
@@ -77,7 +79,7 @@ class Replica(Generic[V]):
         self._listeners.append(listener)
 
     async def usable(self) -> None:
-        """Return once the replica is live, or started from its cache, or empty for want of both: within 10 s."""
+        """Return once the replica is live, or started from its cache, or empty for want of both."""
         await self._usable.wait()
 
     async def run(self) -> None:
@@ -88,6 +90,7 @@ class Replica(Generic[V]):
             self._emit,
             now=boot_clock(),
             max_stale=self._max_stale,
+            patience=self._patience,
             content=cached.content if cached else None,
             age=cached.age if cached else None,
         )
@@ -142,7 +145,7 @@ class Replica(Generic[V]):
         if first is None:
             raise NoAnswer(f"no answer to {subject}")
         joined = b"".join(parts[number] for number in range(len(parts)))
-        return first, _decompress(joined) if joined else b""
+        return first, decompress(joined) if joined else b""
 
     def _emit(self, update: Update[V]) -> None:
         self._changed = True
@@ -187,7 +190,7 @@ class Replica(Generic[V]):
             wait = max(1.0, 20 * (saved_at - begun))
 
 
-def _decompress(data: bytes) -> bytes:
+def decompress(data: bytes) -> bytes:
     engine = zlib.decompressobj()
     plain = engine.decompress(data, MAX_TABLE_BYTES)
     if engine.unconsumed_tail or not engine.eof:

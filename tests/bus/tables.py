@@ -1,0 +1,125 @@
+"""A small table in SQL for the tests of the bus: texts by name, written through a ledger, published, followed."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from databases import Database
+from databases.core import Connection as DatabaseConnection
+
+from bus.connection import Connection, connect
+from bus.database import open_database
+from bus.decode import Malformed
+from bus.ledger import Change, Ledger, Outcome
+from bus.tables import Key, Publisher, Replica, Table, Update
+
+NOTES = sqlalchemy.Table(
+    "note",
+    sqlalchemy.MetaData(),
+    sqlalchemy.Column("name", sqlalchemy.String(64), primary_key=True),
+    sqlalchemy.Column("text", sqlalchemy.Text, nullable=False),
+)
+
+
+def _decode(key: Key, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise Malformed(f"note {key}: not text")
+
+
+TABLE: Table[str] = Table("notes", _decode)
+
+
+async def entries(connection: DatabaseConnection) -> Mapping[Key, Any]:
+    return {(row["name"],): row["text"] for row in await connection.fetch_all("SELECT name, text FROM note")}
+
+
+class Notes:
+    """The service that owns the table."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.ledger = Ledger(database, "notes")
+
+    async def migrate(self) -> None:
+        await self.ledger.migrate([("notes-1", [NOTES])])
+
+    async def write(self, changes: Mapping[str, str | None], request_id: str | None = None) -> Outcome[int]:
+        async def work(change: Change) -> int:
+            for name, text in changes.items():
+                old = await change.database.fetch_val("SELECT text FROM note WHERE name = :n", {"n": name})
+                if old == text:
+                    continue
+                await change.database.execute("DELETE FROM note WHERE name = :n", {"n": name})
+                if text is None:
+                    change.delete((name,))
+                    continue
+                await change.database.execute("INSERT INTO note VALUES (:n, :t)", {"n": name, "t": text})
+                change.put((name,), text)
+                change.event("note.written", {"name": name})
+            return change.revision
+
+        return await self.ledger.change(work, actor="test", request_id=request_id)
+
+    async def content(self) -> dict[Key, str]:
+        async with self.database.connection() as connection:
+            return dict(await entries(connection))
+
+
+@dataclass
+class Centre:
+    """One server: its notes and their publisher."""
+
+    notes: Notes
+    publisher: Publisher[str]
+
+    async def write(self, **changes: str | None) -> Outcome[int]:
+        outcome = await self.notes.write(changes)
+        self.publisher.committed(outcome)
+        return outcome
+
+
+@asynccontextmanager
+async def centre(nats: str, url: str) -> AsyncIterator[Centre]:
+    async with AsyncExitStack() as stack:
+        notes = Notes(await stack.enter_async_context(open_database(url)))
+        await notes.migrate()
+        connection = await stack.enter_async_context(connect(nats, role="server", name="notes"))
+        publisher = Publisher(connection, notes.ledger, TABLE, entries)
+        stack.push_async_callback(cancel, asyncio.create_task(publisher.run()))
+        yield Centre(notes, publisher)
+
+
+@dataclass
+class Follower:
+    replica: Replica[str]
+    connection: Connection
+    updates: list[Update[str]] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def follower(nats: str, cache: Path | None = None, **options: Any) -> AsyncIterator[Follower]:
+    async with connect(nats, role="cell", name="one") as connection:
+        following = Follower(Replica(connection, TABLE, cache=cache, **options), connection)
+        following.replica.listen(following.updates.append)
+        task = asyncio.create_task(following.replica.run())
+        yield following
+        await cancel(task)
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def eventually(condition: Callable[[], Any], timeout: float = 30) -> None:
+    """Wait until `condition` holds; its value is what a failure shows."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"never came true: {condition}"
+        await asyncio.sleep(0.01)
