@@ -173,7 +173,9 @@ async def _rows(database: DatabaseConnection, requested: Iterable[Policy]) -> di
     """Every policy between the pairs of the requested ones, with its row's id."""
     present = {}
     for chunk in chunks(_by_pair(requested)):
-        query = sql.select(*_COLUMNS).where(sql.tuple_(policies.c.source, policies.c.destination).in_(chunk))
+        # Not a comparison of tuples, for which SQLite reads the whole table.
+        pairs = [(policies.c.source == source) & (policies.c.destination == destination) for source, destination in chunk]
+        query = sql.select(*_COLUMNS).where(sql.or_(*pairs))
         present.update({_policy(row): row["id"] for row in await database.fetch_all(query)})
     return present
 
