@@ -7,6 +7,7 @@ those of an app there. What is seen is what the container sees.
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,10 @@ class Transition:
     begun: float
     ended: float
 
+    @property
+    def accepted(self) -> bool:
+        return self.verdict == ACCEPTED
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -79,18 +84,9 @@ class Seen:
     slowest: list[float]
     largest_gap: float
 
-    def first(self, number: int, *, accepted: bool, after: float) -> Transition | None:
-        """The first transition of a target to (or away from) accepted whose answer came after this time."""
-        return next(
-            (
-                transition
-                for transition in self.transitions
-                if transition.target == number
-                and transition.ended >= after
-                and (transition.verdict == ACCEPTED) == accepted
-            ),
-            None,
-        )
+    def of(self, number: int) -> list[Transition]:
+        """The transitions of one target; the first is its first verdict."""
+        return [transition for transition in self.transitions if transition.target == number]
 
     def only(self, verdict: str, number: int = 0) -> bool:
         """Whether every attempt at a target ended so."""
@@ -114,12 +110,52 @@ class Watch:
         self._command = inside(namespace, program("watch", str(interval), str(timeout), *targets))
         self._timeout = timeout
         self._seen: Seen | None = None
+        self._transitions: list[Transition] = []
+        self._summary: dict[str, Any] | None = None
+        self._ready = False
+        self._ended = False
+        self._news = threading.Condition()
 
     @property
     def seen(self) -> Seen:
         if self._seen is None:
             raise RuntimeError("a watch tells what it saw only after it has ended")
         return self._seen
+
+    def wait_for(self, number: int, *, accepted: bool, after: float, timeout: float = 10.0) -> Transition | None:
+        """The first change of a target to (or away from) accepted, answered after this time; None if none comes."""
+
+        def found() -> Transition | None:
+            return next(
+                (
+                    transition
+                    for transition in self._transitions
+                    if (transition.target, transition.accepted) == (number, accepted) and transition.ended >= after
+                ),
+                None,
+            )
+
+        with self._news:
+            self._news.wait_for(lambda: found() is not None or self._ended, timeout)
+            return found()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 (for the type checker: it was asked for)
+        for line in self._process.stdout:
+            values = json.loads(line)
+            with self._news:
+                if "ready" in values:
+                    self._ready = True
+                elif "target" in values:
+                    self._transitions.append(
+                        Transition(values["target"], values["outcome"], values["begun"], values["ended"])
+                    )
+                else:
+                    self._summary = values
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
 
     def __enter__(self) -> "Watch":
         self._process = subprocess.Popen(  # noqa: S603 (the lab's own commands, no shell)
@@ -129,29 +165,34 @@ class Watch:
             text=True,
             start_new_session=True,  # Ctrl-C is for the lab, which ends its probes itself
         )
-        self._lines: list[dict[str, Any]] = []
-        assert self._process.stdout is not None  # noqa: S101 (for the type checker: it was asked for)
-        for line in self._process.stdout:
-            values = json.loads(line)
-            if "ready" in values:
-                return self
-            self._lines.append(values)
-        self._process.wait(START_TIMEOUT)
-        raise CommandFailed(f"{' '.join(self._command)}: ended with {self._process.returncode} before it was ready")
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        with self._news:
+            self._news.wait_for(lambda: self._ready or self._ended, START_TIMEOUT + self._timeout)
+        if not self._ready:
+            self._close()
+            raise CommandFailed(f"{' '.join(self._command)}: was not ready within {START_TIMEOUT + self._timeout:g} s")
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is None:
+            assert self._process.stdin is not None  # noqa: S101
+            self._process.stdin.close()  # which asks it to stop
+            self._reader.join(self._timeout + START_TIMEOUT)
+        self._close()
         if kind is not None:
-            self._process.kill()
-            self._process.communicate()
             return
-        text, _ = self._process.communicate(timeout=self._timeout + START_TIMEOUT)
-        self._lines += [json.loads(line) for line in text.splitlines()]
-        *changes, summary = self._lines
-        self._seen = Seen(
-            [Transition(item["target"], item["outcome"], item["begun"], item["ended"]) for item in changes],
-            summary["counts"],
-            summary["slowest"],
-            summary["largest_gap"],
-        )
+        if self._summary is None:
+            raise CommandFailed(f"{' '.join(self._command)}: ended without telling what it saw")
+        summary = self._summary
+        self._seen = Seen(self._transitions, summary["counts"], summary["slowest"], summary["largest_gap"])
+
+    def _close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join(START_TIMEOUT)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()

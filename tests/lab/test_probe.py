@@ -88,22 +88,16 @@ def test_watch_tells_when_a_verdict_changes():
         time.sleep(0.1)
         before_refusal = time.monotonic()
         rule("-I", 8080)
-        time.sleep(0.1)
+        refusal = watch.wait_for(0, accepted=False, after=before_refusal)
         before_accept = time.monotonic()
         rule("-D", 8080)
-        time.sleep(0.1)
+        accept = watch.wait_for(0, accepted=True, after=before_accept)
     seen = watch.seen
-    assert [(t.target, t.verdict) for t in seen.transitions if t.target == 0] == [
-        (0, "accepted"),
-        (0, "refused"),
-        (0, "accepted"),
-    ]
-    refusal, accept = seen.transitions[-2:]
+    assert [transition.verdict for transition in seen.of(0)] == ["accepted", "refused", "accepted"]
+    assert seen.of(0)[1:] == [refusal, accept]
     assert before_refusal < refusal.ended < before_accept < accept.ended
-    assert seen.first(0, accepted=False, after=before_refusal) == refusal
-    assert seen.first(0, accepted=True, after=before_accept) == accept
     assert seen.only("accepted", 1)
-    assert seen.counts[0]["refused"] > 10
+    assert seen.counts[0]["refused"] >= 1
 
 
 @pytest.mark.usefixtures("app")
