@@ -38,8 +38,9 @@ def boot_clock() -> float:
 class Replica(Generic[V]):
     """Follows `table`. Listen first, then `run` it in a task; nothing may be derived before `usable` returns.
 
-    `cache` is the file that keeps the last state; `max_stale`, in seconds, is how old a state may be that the centre
-    has not confirmed since, and `patience`, also in seconds, how long to wait for it at the start. Listeners are called in the event loop and must not block.
+    `cache` is the file that keeps the last state. In seconds: `max_stale`, how old a state may be that the centre has
+    not confirmed since; `patience`, how long to wait for the centre at the start. Listeners are called in the event
+    loop and must not block.
     """
 
     def __init__(
