@@ -1,0 +1,135 @@
+"""The enforcer's process: the fence first, then the tables, the cell's containers and the private socket."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from bus import log as logs
+from bus.connection import connect
+from bus.decode import Fields, Malformed
+from bus.local import Health, application, json_body, serving_privately
+from bus.log import about
+from bus.messages import Container, Handle, Revision
+from bus.process import KernelThread, run
+from bus.records import Records
+from bus.settings import from_command_line
+from bus.tables import LEASES, POLICIES, Replica
+from services.enforcer.reconciler import NotReady, Reconciler
+from services.enforcer.settings import EnforcerSettings
+
+log = logging.getLogger(__name__)
+
+
+def enforceable(container: Container) -> Container:
+    """The container, if rules for it can be made. Raises Malformed."""
+    where = f"container {container.handle!r}"
+    address = container.address
+    if address is None:
+        raise Malformed(f"{where}: address: missing; a container is admitted once it is attached")
+    if address.is_unspecified or address.is_multicast or address.is_loopback or address.is_reserved:
+        raise Malformed(f"{where}: address: {address} cannot be a container's")
+    return container
+
+
+class Api:
+    """What the enforcer answers on its socket (docs/design.md, interfaces)."""
+
+    def __init__(self, reconciler: Reconciler, table: Callable[[], str]) -> None:
+        self._reconciler = reconciler
+        self._table = table
+        self.instance = secrets.token_hex(8)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/admit", self.admit, methods=["POST"]),
+            Route("/forget", self.forget, methods=["POST"]),
+            Route("/sync", self.sync, methods=["POST"]),
+            Route("/state", self.state, methods=["GET"]),
+        ]
+
+    async def admit(self, request: Request) -> Response:
+        body = await json_body(request, "admit")
+        container = enforceable(Container.decode(body.mapping("container"), "admit: container"))
+        return await self._answer(self._reconciler.admit(container))
+
+    async def forget(self, request: Request) -> Response:
+        body: Fields = await json_body(request, "forget")
+        return await self._answer(self._reconciler.forget(Handle(body.text("handle"))))
+
+    async def sync(self, _: Request) -> Response:
+        return await self._answer(self._reconciler.sync())
+
+    async def state(self, _: Request) -> Response:
+        reconciler = self._reconciler
+        return JSONResponse(
+            {
+                "instance": self.instance,
+                "revision": reconciler.revision,
+                "table": self._table(),
+                "containers": reconciler.containers,
+                "applied_at": reconciler.applied_at.isoformat() if reconciler.applied_at else None,
+                "problem": reconciler.problem,
+            }
+        )
+
+    async def _answer(self, work: Awaitable[Revision]) -> Response:
+        try:
+            revision = await work
+        except NotReady as error:
+            return JSONResponse({"error": str(error)}, status_code=503)
+        return JSONResponse({"instance": self.instance, "revision": revision})
+
+
+def recorded(records: Records) -> list[Container]:
+    """The containers to enforce for at start: those that have an address. One that cannot be is reported, no more."""
+    usable = []
+    for container in records.all():
+        if container.address is None:
+            continue
+        try:
+            usable.append(enforceable(container))
+        except Malformed as error:
+            log.error("container not enforced", extra=about(handle=container.handle, error=str(error)))
+    return usable
+
+
+async def serve(settings: EnforcerSettings) -> None:
+    """Run the enforcer until cancelled."""
+    kernel = KernelThread("kernel")
+    reconciler = Reconciler(settings, kernel)
+    try:
+        await reconciler.open()
+        reconciler.restore(await kernel.run(recorded, Records(settings.containers_dir)))
+        async with connect(settings.nats, role="cell", name=settings.cell) as connection:
+            policies = Replica(connection, POLICIES, cache=settings.cache("policies", "enforcer"))
+            leases = Replica(connection, LEASES, cache=settings.cache("leases", "enforcer"))
+            policies.listen(reconciler.update_policies)
+            leases.listen(reconciler.update_leases)
+            health = Health()
+            health.check("kernel", lambda: reconciler.problem)
+            api = Api(reconciler, lambda: str(policies.state))
+            app = application(api.routes(), health)
+            async with (
+                asyncio.TaskGroup() as tasks,
+                serving_privately(app, settings.socket("enforcer")),
+            ):
+                for work in (policies.run(), leases.run(), reconciler.run()):
+                    tasks.create_task(work)
+                await policies.usable()
+                await leases.usable()
+                log.info("in sync", extra=about(policies=str(policies.state), leases=str(leases.state)))
+                reconciler.begin()
+                await asyncio.Event().wait()
+    finally:
+        kernel.close()
+
+
+def main() -> None:
+    settings = from_command_line(EnforcerSettings, "silkbus-enforcer", "Enforces policies on one cell.")
+    logs.setup("enforcer", settings.log_level, cell=settings.cell)
+    run(lambda: serve(settings))

@@ -1,0 +1,166 @@
+"""The kernel's side of the enforcer: makes it hold what a plan says. All of this runs in the one kernel thread.
+
+The order of an apply: sets, then rules (raw, mangle, filter), then flows, twice. A flow is judged after the rules that
+would refuse it are in force, and once more for those that were being accepted meanwhile (kernel.md 2).
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bus.failpoints import failpoint
+from bus.log import about
+from services.enforcer.conntrack import Conntrack
+from services.enforcer.desired import PEER_SET, TAG_SET, Plan, family_of, fence, static_v6
+from services.enforcer.flows import Swept, sweep
+from services.enforcer.generation import nft_generation
+from services.enforcer.iptables import Edit, Family, Iptables, detect, difference, loaded
+from services.enforcer.rules import ChainId, Chains
+from services.enforcer.sets import AddressSet
+from services.enforcer.settings import EnforcerSettings, Kind
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What an apply did: how many chains and members it changed, which flows it cut, how long it took (seconds)."""
+
+    chains: int
+    members: int
+    swept: Swept
+    seconds: float
+
+
+class Dataplane:
+    def __init__(self, settings: EnforcerSettings) -> None:
+        self._settings = settings
+        self._tags = AddressSet(TAG_SET, marks=True)
+        self._peers = AddressSet(PEER_SET)
+        self._unwanted: set[ChainId] = set()
+        self._generation: int | None = None
+
+    def open(self) -> Kind:
+        """Find the kind, read the kernel, and put the fence where there is none; returns the kind.
+
+        Chains that are there stay as they are, so that a restart neither opens nor cuts anything. Raises IptablesError
+        or IpsetError.
+        """
+        wish = self._settings.iptables
+        self.kind: Kind = "legacy" if wish == "legacy" else "nft" if wish == "nft" else detect()
+        self._v4 = Iptables(self.kind)
+        # A kernel without IPv6 has no such tables either, nor anything to refuse.
+        self._v6 = Iptables(self.kind, "ip6") if Path("/proc/thread-self/net/if_inet6").exists() else None
+        self._conntrack = Conntrack()
+        self.refresh()
+        missing = {
+            chain: rules
+            for chain, rules in fence(self._settings).items()
+            if not chain.ours or chain not in self._v4.picture.own
+        }
+        self._write(missing)
+        return self.kind
+
+    def refresh(self) -> None:
+        """Look at all of the kernel anew."""
+        before = nft_generation() if self.kind == "nft" else None
+        self._tags.open()
+        self._peers.open()
+        self._v4.read()
+        if self._v6 is not None:
+            self._v6.read(("filter",))
+        # A change while we read leaves the number higher than the one noted: the next look finds it.
+        self._generation = before
+
+    def doubtful(self) -> bool:
+        """Whether somebody else changed rules since we last looked. Cheap; always False on legacy tables."""
+        return self.kind == "nft" and nft_generation() != self._generation
+
+    @property
+    def rules(self) -> int:
+        """How many rules of ours the kernel holds."""
+        return self._v4.picture.rules + (self._v6.picture.rules if self._v6 is not None else 0)
+
+    def apply(self, plan: Plan) -> Applied:
+        """Make the kernel as planned; what is so already is not touched.
+
+        Raises IptablesError, IpsetError or OSError; then `refresh` and apply a complete plan.
+        """
+        began = time.monotonic()
+        members = self._apply_sets(plan)
+        chains = self._write(plan.chains)
+        self._note_unwanted(plan)
+        swept = Swept()
+        if plan.flows:
+            first = sweep(self._conntrack, plan.flows)
+            second = sweep(self._conntrack, plan.flows)
+            swept = Swept(first.cut + second.cut, first.revived + second.revived)
+        for address in plan.released:
+            self._conntrack.forget(address)
+        if chains or plan.flows or plan.released:
+            failpoint("enforcer.after-cut")
+        return Applied(chains, members, swept, time.monotonic() - began)
+
+    def _apply_sets(self, plan: Plan) -> int:
+        tags = {address: None if tag is None else int(tag) for address, tag in plan.tags.items()}
+        if plan.complete:
+            members = self._tags.become({address: tag for address, tag in tags.items() if tag is not None})
+        else:
+            members = self._tags.change(tags)
+        if plan.peers is not None:
+            members += self._peers.become(dict.fromkeys(plan.peers, 0))
+        return members
+
+    def _write(self, chains: Chains) -> int:
+        """Write what differs; how many chains did."""
+        edit = difference(self._v4.picture, chains)
+        # IPv6 has nothing that changes: it is compared whenever the fixed chains of IPv4 are.
+        edit6 = Edit({}, {})
+        if self._v6 is not None and any(not chain.ours for chain in chains):
+            edit6 = difference(self._v6.picture, static_v6(self._settings))
+        if edit or edit6:
+            failpoint("enforcer.before-apply")
+        if edit:
+            self._v4.write(edit)
+            self._wrote(len(edit.lines))
+        if edit6 and self._v6 is not None:
+            self._v6.write(edit6)
+            self._wrote(len(edit6.lines))
+        if edit or edit6:
+            failpoint("enforcer.after-apply")
+        return len(edit.chains) + len(edit6.chains)
+
+    def _wrote(self, transactions: int) -> None:
+        """Each transaction of ours is one generation: if the kernel counts more, somebody else wrote too."""
+        if self._generation is not None:
+            self._generation += transactions
+
+    def _note_unwanted(self, plan: Plan) -> None:
+        own = self._v4.picture.own
+        if plan.complete:
+            self._unwanted = {chain for chain in own if chain not in plan.chains}
+        elif plan.families:
+            self._unwanted -= plan.chains.keys()
+            for chain in own:
+                wanted = plan.families.get(family_of(chain.name))
+                if wanted is not None and chain.name not in wanted:
+                    self._unwanted.add(chain)
+
+    def prune(self) -> int:
+        """Delete chains that nothing needs any more: later, because it costs as much as an apply and nobody waits."""
+        if not self._unwanted:
+            return 0
+        unwanted, self._unwanted = self._unwanted, set()
+        self._wrote(self._v4.delete(unwanted))
+        return len(unwanted)
+
+    def sweep_other_kind(self) -> None:
+        """Take out what an enforcer of the other kind left. Only once our own rules are complete."""
+        other: Kind = "legacy" if self.kind == "nft" else "nft"
+        families: tuple[Family, ...] = ("ip", "ip6")
+        for family in families:
+            tables = Iptables(other, family)
+            tables.read(loaded(other, family))
+            if removed := tables.erase():
+                log.warning("removed our rules of the other kind", extra=about(kind=other, removed=removed))

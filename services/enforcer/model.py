@@ -1,0 +1,187 @@
+"""What is wanted, as the tables and the cell's containers say it, indexed by what a change of it touches.
+
+Fed in the event loop by updates of the replicas and by containers; whoever plans an apply takes `touched`, which names
+what may look different now, and asks for the content of just that. Nothing here knows the kernel.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+
+from bus.messages import AppId, Container, Handle, Lease, Ports, Revision, Tag
+from bus.tables import Update
+from services.enforcer.tree import Sources
+
+GROUP = 28
+"""Containers are dispatched by address in two steps: to the /28, then within it."""
+
+
+def group_of(address: IPv4Address) -> IPv4Network:
+    return IPv4Network((address, GROUP), strict=False)
+
+
+@dataclass(slots=True)
+class Touched:
+    """What may look different since the last apply."""
+
+    everything: bool = False
+    apps: dict[AppId, set[Tag]] = field(default_factory=lambda: defaultdict(set))
+    """Apps on this cell whose chains change, and the source tags by which."""
+    groups: set[IPv4Network] = field(default_factory=set)
+    addresses: set[IPv4Address] = field(default_factory=set)
+    """Addresses whose own tag, or whose container, changes."""
+    peers: bool = False
+    released: set[IPv4Address] = field(default_factory=set)
+    """Addresses that no container has any more."""
+
+    def __bool__(self) -> bool:
+        return self.everything or self.peers or bool(self.apps or self.groups or self.addresses or self.released)
+
+
+class Model:
+    def __init__(self) -> None:
+        self.revision = Revision(0)
+        self.touched = Touched()
+        self.containers: dict[Handle, Container] = {}
+        self._policies: dict[AppId, dict[AppId, tuple[Ports, ...]]] = defaultdict(dict)
+        self._destinations: dict[AppId, set[AppId]] = defaultdict(set)
+        self._tags: dict[AppId, Tag] = {}
+        self._instances: dict[AppId, set[Handle]] = defaultdict(set)
+        # The last admitted container of an address owns it; an earlier one can only be a record left behind.
+        self._owners: dict[IPv4Address, list[Handle]] = {}
+        self._groups: dict[IPv4Network, set[IPv4Address]] = defaultdict(set)
+        self._leases: dict[tuple[str, ...], Lease] = {}
+
+    # Feeding
+
+    def update_policies(self, update: Update[tuple[Ports, ...] | Tag]) -> None:
+        """Take one revision of the `policies` table: policies and tags."""
+        for key, value in update.changes.items():
+            match key, value:
+                case ("policy", destination, source), (tuple() | None) as ports:
+                    self._policy(AppId(destination), AppId(source), ports)
+                case ("tag", app), (int() | None) as tag:
+                    self._tag(AppId(app), None if tag is None else Tag(tag))
+        self.revision = update.revision
+
+    def update_leases(self, update: Update[Lease]) -> None:
+        """Take one revision of the `leases` table."""
+        for key, lease in update.changes.items():
+            if lease is None:
+                self._leases.pop(key, None)
+            else:
+                self._leases[key] = lease
+        self.touched.peers = True
+
+    def admit(self, container: Container) -> None:
+        """A container is here, or is another than it was. It must have an address."""
+        assert container.address is not None  # noqa: S101 (the callers' contract, not a check of input)
+        known = self.containers.get(container.handle)
+        if known is not None:
+            if (known.app, known.address) == (container.app, container.address):
+                self.containers[container.handle] = container
+                return
+            self.forget(container.handle)
+        self.containers[container.handle] = container
+        self._owners.setdefault(container.address, []).append(container.handle)
+        self._groups[group_of(container.address)].add(container.address)
+        self.touched.released.discard(container.address)
+        if container.app is not None:
+            self._instances[container.app].add(container.handle)
+            self._touch_app(container.app, ())
+        self._touch_address(container.address)
+
+    def forget(self, handle: Handle) -> None:
+        """A container is gone; one that is not known is no error."""
+        container = self.containers.pop(handle, None)
+        if container is None or container.address is None:
+            return
+        address = container.address
+        self._owners[address].remove(handle)
+        if not self._owners[address]:
+            del self._owners[address]
+            self._groups[group_of(address)].discard(address)
+            if not self._groups[group_of(address)]:
+                del self._groups[group_of(address)]
+            self.touched.released.add(address)
+        if container.app is not None:
+            self._touch_app(container.app, ())
+            self._instances[container.app].discard(handle)
+            if not self._instances[container.app]:
+                del self._instances[container.app]
+        self._touch_address(address)
+
+    def take_touched(self) -> Touched:
+        touched, self.touched = self.touched, Touched()
+        return touched
+
+    def _policy(self, destination: AppId, source: AppId, ports: tuple[Ports, ...] | None) -> None:
+        if ports is None:
+            self._policies[destination].pop(source, None)
+            self._destinations[source].discard(destination)
+            if not self._policies[destination]:
+                del self._policies[destination]
+            if not self._destinations[source]:
+                del self._destinations[source]
+        else:
+            self._policies[destination][source] = ports
+            self._destinations[source].add(destination)
+        tag = self._tags.get(source)
+        self._touch_app(destination, () if tag is None else (tag,))
+
+    def _tag(self, app: AppId, tag: Tag | None) -> None:
+        old = self._tags.get(app)
+        if tag is None:
+            self._tags.pop(app, None)
+        else:
+            self._tags[app] = tag
+        for destination in self._destinations.get(app, ()):
+            self._touch_app(destination, [t for t in (old, tag) if t is not None])
+        for handle in self._instances.get(app, ()):
+            address = self.containers[handle].address
+            if address is not None:
+                self._touch_address(address)
+
+    def _touch_app(self, app: AppId, tags: "list[Tag] | tuple[Tag, ...]") -> None:
+        if app in self._instances:
+            self.touched.apps[app].update(tags)
+
+    def _touch_address(self, address: IPv4Address) -> None:
+        self.touched.addresses.add(address)
+        self.touched.groups.add(group_of(address))
+
+    # Asking
+
+    def sources(self, app: AppId) -> Sources:
+        """Who may open connections to `app`. A policy whose source has no tag allows nobody."""
+        tags = self._tags
+        return {tags[source]: ports for source, ports in self._policies.get(app, {}).items() if source in tags}
+
+    def apps(self) -> set[AppId]:
+        """The apps that have an instance on this cell."""
+        return set(self._instances)
+
+    def addresses_of(self, app: AppId) -> set[IPv4Address]:
+        owned = (self.containers[handle].address for handle in self._instances.get(app, ()))
+        return {address for address in owned if address is not None and self.app_at(address) == app}
+
+    def app_at(self, address: IPv4Address) -> AppId | None:
+        owners = self._owners.get(address)
+        return self.containers[owners[-1]].app if owners else None
+
+    def tag_at(self, address: IPv4Address) -> Tag | None:
+        """The tag that traffic from this address carries."""
+        app = self.app_at(address)
+        return None if app is None else self._tags.get(app)
+
+    def addresses(self) -> set[IPv4Address]:
+        return set(self._owners)
+
+    def groups(self) -> Mapping[IPv4Network, set[IPv4Address]]:
+        """The /28 networks in which containers are, with their addresses."""
+        return self._groups
+
+    def peers(self) -> frozenset[IPv4Address]:
+        """The underlay addresses of the cells that hold a lease."""
+        return frozenset(lease.underlay for lease in self._leases.values())

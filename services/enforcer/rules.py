@@ -1,0 +1,80 @@
+"""Rules as data: what the kernel shall hold, rendered to iptables-restore text.
+
+A chain is named by its table and its name; ours begin with `sb-`. A built-in chain (FORWARD, say) stands for the rules
+of ours that must come first in it. Each rule carries a hash of its own intended text as a comment, so that reading
+back compares hashes and never has to understand what another version of iptables prints.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+from bus.messages import Ports, Tag
+
+PREFIX = "sb-"
+TAG_MASK = 0xFFFF
+"""The bits of a packet's or connection's mark that are the source's tag; GBP lets others through (kernel.md 1)."""
+DEAD = 0x80000000
+"""The bit of a connection's mark that says: no policy allows this flow any more."""
+TABLES = ("raw", "mangle", "filter")
+"""In the order in which a packet meets them."""
+
+
+class ChainId(NamedTuple):
+    table: str
+    name: str
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith(PREFIX)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: its matches as iptables-restore text, its target with the target's options, and their hash."""
+
+    match: str
+    target: str
+    hash: str
+
+    @property
+    def specification(self) -> str:
+        """The rule as it follows `-A CHAIN`. The comment stands last: a legacy table then tests it only on a match."""
+        return f"{self.match} -m comment --comment sb:{self.hash} -j {self.target}".lstrip()
+
+
+def rule(*match: str, to: str) -> Rule:
+    """A rule that sends what meets all of `match` to the target or chain `to`."""
+    text = " ".join(match)
+    return Rule(text, to, blake2b(f"{text} -j {to}".encode(), digest_size=6).hexdigest())
+
+
+Rules = tuple[Rule, ...]
+Chains = Mapping[ChainId, Rules]
+
+
+def from_link(name: str) -> str:
+    return f"-i {name}"
+
+
+def to_link(name: str) -> str:
+    return f"-o {name}"
+
+
+def tagged(tag: Tag | int, mask: int = TAG_MASK) -> str:
+    """Packets whose mark has these bits under the mask."""
+    return f"-m mark --mark {tag:#x}/{mask:#x}"
+
+
+def to_ports(ports: Ports) -> str:
+    span = str(ports.start) if ports.start == ports.end else f"{ports.start}:{ports.end}"
+    return f"-p {ports.protocol} -m {ports.protocol} --dport {span}"
+
+
+UNTAGGED = tagged(0)
+TAGGED = f"-m mark ! --mark 0x0/{TAG_MASK:#x}"
+REVOKED = f"-m connmark --mark {DEAD:#x}/{DEAD:#x}"
+ESTABLISHED = "-m conntrack --ctstate RELATED,ESTABLISHED"
+REJECT = "REJECT --reject-with icmp-port-unreachable"
+RESET = "REJECT --reject-with tcp-reset"
