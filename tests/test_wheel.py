@@ -1,0 +1,60 @@
+"""What the wheel contains and which commands it installs: pinned, since nothing else notices a file left out."""
+
+import configparser
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("bus", "services", "cli", "compose")
+
+pytestmark = pytest.mark.packaging
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_contents(wheel: zipfile.ZipFile) -> None:
+    listed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", *PACKAGES], check=True, capture_output=True, text=True, timeout=60
+    )
+    shipped = {name for name in tracked.stdout.split() if name.endswith(".py") or "/shims/" in name}
+    assert listed == shipped
+
+
+def test_entry_points(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    parser = configparser.ConfigParser()
+    parser.read_string(wheel.read(name).decode())
+    assert set(parser["console_scripts"]) == {
+        "silkbus",
+        "silkbus-enforcer",
+        "silkbus-networker",
+        "silkbus-policy-server",
+        "silkbus-silk-controller",
+        "silkbus-silk-worker",
+    }
+    assert {"demo", "install-cni", "lab"} <= set(parser["silkbus.commands"])
+    for section in parser.sections():
+        for target in parser[section].values():
+            module, _, function = target.partition(":")
+            path = module.replace(".", "/") + ".py"
+            assert f"def {function}(" in wheel.read(path).decode(), f"{target}: no such function in the wheel"
+
+
+def test_every_service_says_its_settings() -> None:
+    for program in ("enforcer", "networker", "policy-server", "silk-controller", "silk-worker"):
+        command = [str(Path(sys.executable).with_name(f"silkbus-{program}")), "--help"]
+        help_text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+        assert "settings (key in FILE, or SILKBUS_KEY in the environment)" in help_text
+        assert "log_level" in help_text
