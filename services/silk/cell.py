@@ -1,0 +1,235 @@
+"""What the silk worker does for its cell: holds the lease, keeps the overlay, attaches containers.
+
+    keep_lease        controller ─▶ tenure ─▶ overlay device       acquires, renews, takes the overlay up
+    fence_when_due    tenure ─▶ device down                        needs nobody's answer
+    follow_leases     leases table ─▶ routes, neighbours, FDB      at each change, and a sweep now and then
+
+What goes wrong in the world (no bus, no controller, a refusing kernel) is logged and tried again; the worker ends only
+for errors of its own. It needs neither bus nor centre to attach a container while its lease holds.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from ipaddress import IPv4Address
+
+from prometheus_client import Gauge, Histogram
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from bus.connection import BusAway, NoAnswer
+from bus.decode import Malformed
+from bus.local import Health
+from bus.log import about
+from bus.messages import Handle, Lease
+from bus.process import KernelThread
+from bus.tables import Replica
+from bus.tables.follower import State
+from services.silk import tenure as tenures
+from services.silk.attachments import Attachment, Conflict
+from services.silk.client import LeaseClient, LeaseDenied, LeaseLost
+from services.silk.network import CellNetwork
+from services.silk.overlay import Device, OverlayError
+from services.silk.peers import desired
+from services.silk.settings import WorkerSettings
+from services.silk.tenure import Tenure, boot_clock
+
+log = logging.getLogger(__name__)
+
+SWEEP_INTERVAL = 60.0
+FENCE_CHECK_INTERVAL = 1.0
+MAX_BACKOFF = 15.0
+
+LEASE_SECONDS = Gauge("silkbus_silk_lease_seconds", "Seconds until this cell fences itself unless it renews its lease")
+PEERS = Gauge("silkbus_silk_peers", "Other cells that the overlay leads to")
+CONVERGE = Histogram("silkbus_silk_converge_seconds", "Time to make the overlay's entries what the leases say")
+ATTACH = Histogram("silkbus_silk_attach_seconds", "Time to attach a container")
+
+
+class NoLease(Exception):
+    """This cell may not use the overlay now. The text says why."""
+
+
+class _NotConverged(Exception):
+    """The kernel refused some entries; the log names them."""
+
+
+_PASSING = (BusAway, NoAnswer, Malformed, LeaseDenied, LeaseLost, OverlayError, Conflict, _NotConverged, OSError)
+
+
+class Cell:
+    """The decisions, all made in the event loop. `network` is used in the kernel thread only.
+
+    `_tenure` is the lease as last confirmed; `_device` is the overlay in use, None while there is none or it is fenced.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, client: LeaseClient, replica: Replica[Lease], kernel: KernelThread
+    ) -> None:
+        self._overlay_network = settings.overlay_network
+        self._file = settings.state_dir / "silk" / "lease.json"
+        self._client = client
+        self._replica = replica
+        self._kernel = kernel
+        self._network = CellNetwork(settings)
+        self._tenure: Tenure | None = None
+        self._device: Device | None = None
+        self._problem = "no lease yet: the Silk controller has not given one"
+        self._changed = asyncio.Event()
+        replica.listen(lambda _: self._changed.set())
+
+    async def run(self) -> None:
+        """Run for ever. A lease remembered from before, if it still holds, is used before anybody is asked."""
+        await self._remember()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_lease())
+            tasks.create_task(self._fence_when_due())
+            tasks.create_task(self._replica.run())
+            tasks.create_task(self._follow_leases())
+
+    def overlay(self) -> tuple[Lease, Device]:
+        """The lease in use and the device. Raises NoLease."""
+        if self._tenure is None or self._device is None:
+            raise NoLease(self._problem)
+        return self._tenure.lease, self._device
+
+    async def attach(self, handle: Handle, netns: str, interface: str) -> Attachment:
+        """Raises NoLease, and what `Attachments.attach` raises."""
+        self.overlay()
+        with ATTACH.time():
+            return await self._kernel.run(self._network.attach, handle, netns, interface)
+
+    async def detach(self, handle: Handle, address: IPv4Address | None) -> None:
+        """Raises OSError."""
+        await self._kernel.run(self._network.detach, handle, address)
+
+    def watch(self, health: Health) -> None:
+        """Add what must be so for the worker to be ready."""
+        health.check("lease", lambda: self._problem if self._tenure is None else None)
+        health.check("overlay", lambda: self._problem if self._device is None else None)
+        usable = (State.LIVE, State.CACHED)
+        health.check("table", lambda: None if self._replica.state in usable else f"leases: {self._replica.state}")
+
+    async def _remember(self) -> None:
+        tenure = await self._kernel.run(tenures.load, self._file)
+        own = (self._client.cell, self._client.underlay)
+        if tenure is None or (tenure.lease.cell, tenure.lease.underlay) != own:
+            return
+        if not tenure.lease.subnet.subnet_of(self._overlay_network):
+            return
+        self._tenure = tenure
+        if not tenure.holds:
+            await self._fence("the lease expired while the silk worker was down")
+            return
+        try:
+            await self._take_up(tenure)
+        except _PASSING as error:
+            log.warning("the remembered lease cannot be used", extra=about(error=str(error)))
+
+    async def _keep_lease(self) -> None:
+        while True:
+            async for attempt in _retrying("confirming the lease"):
+                with attempt:
+                    tenure = await self._confirm()
+            # Spread, so that the cells of a deployment do not come all at once.
+            await asyncio.sleep(tenure.renew_interval * random.uniform(0.8, 1))  # noqa: S311 (keeps no secret)
+
+    async def _confirm(self) -> Tenure:
+        """Renew the lease, or acquire one, and see that the overlay is up for it."""
+        known = self._tenure
+        try:
+            tenure = await (self._client.acquire() if known is None else self._client.renew(known))
+        except LeaseLost as error:
+            self._tenure = None
+            await self._fence(f"the lease is lost: {error}")
+            raise
+        except _PASSING as error:
+            if known is None:
+                self._problem = f"no lease yet: {error}"
+            raise
+        self._tenure = tenure
+        try:
+            await self._kernel.run(tenures.save, tenure, self._file)
+        except OSError as error:
+            log.warning("the lease is not remembered", extra=about(file=str(self._file), error=str(error)))
+        if self._device is None:
+            try:
+                await self._take_up(tenure)
+            except _PASSING as error:
+                self._problem = f"the overlay cannot be set up: {error}"
+                raise
+        return tenure
+
+    async def _take_up(self, tenure: Tenure) -> None:
+        self._device = await self._kernel.run(self._network.take_up, tenure.lease)
+        log.info("overlay in use", extra=about(subnet=str(tenure.lease.subnet), mtu=self._device.mtu))
+        self._changed.set()
+
+    async def _fence_when_due(self) -> None:
+        while True:
+            left = FENCE_CHECK_INTERVAL
+            if self._tenure is not None:
+                left = self._tenure.fence_at - boot_clock()
+                LEASE_SECONDS.set(left)
+                if left <= 0 and self._device is not None:
+                    await self._fence("the lease could not be renewed in time")
+            # The clock that a sleep goes by stands still while the machine sleeps; so never for long.
+            await asyncio.sleep(min(FENCE_CHECK_INTERVAL, left) if left > 0 else FENCE_CHECK_INTERVAL)
+
+    async def _fence(self, reason: str) -> None:
+        self._device = None
+        self._problem = f"fenced: {reason}"
+        async for attempt in _retrying("fencing"):
+            with attempt:
+                if self._device is None:  # else taken up again meanwhile
+                    await self._kernel.run(self._network.fence)
+        log.error("fenced: the overlay device is down", extra=about(reason=reason))
+
+    async def _follow_leases(self) -> None:
+        await self._replica.usable()
+        loop = asyncio.get_running_loop()
+        sweep_at = loop.time() + SWEEP_INTERVAL
+        while True:
+            sweep = loop.time() >= sweep_at
+            async for attempt in _retrying("converging", sleep=self._sleep_until_change):
+                with attempt:
+                    await self._converge(sweep=sweep)
+            if sweep:
+                sweep_at = loop.time() + SWEEP_INTERVAL
+            await self._sleep_until_change(max(0.0, sweep_at - loop.time()))
+
+    async def _converge(self, *, sweep: bool) -> None:
+        self._changed.clear()
+        if self._tenure is None or self._device is None:
+            return
+        wanted = desired(self._tenure.lease, self._overlay_network, self._replica.entries.values())
+        PEERS.set(len(wanted.routes))
+        # A table that is empty for want of anybody to ask says nothing about who is gone.
+        delete = self._replica.state is not State.DEGRADED
+        with CONVERGE.time():
+            result = await self._kernel.run(self._network.converge, wanted, delete=delete, sweep=sweep)
+        if result.failed:
+            raise _NotConverged(f"{result.failed} entries were refused by the kernel")
+        if result.changed:
+            fields = about(changed=result.changed, peers=len(wanted.routes), revision=self._replica.revision)
+            log.info("overlay entries changed", extra=fields)
+
+    async def _sleep_until_change(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
+
+def _retrying(doing: str, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> AsyncRetrying:
+    def say(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        log.warning("%s failed, trying again", doing, extra=about(attempt=state.attempt_number, error=str(error)))
+
+    # Without a limit: a cell has nothing better to do than to go on trying, and its readiness says what is wrong.
+    return AsyncRetrying(
+        retry=retry_if_exception_type(_PASSING),
+        wait=wait_random_exponential(0.2, max=MAX_BACKOFF),
+        before_sleep=say,
+        sleep=sleep,
+    )

@@ -1,0 +1,85 @@
+"""The worker's calls on the cell's private socket (docs/design.md, "Cell, on Unix sockets")."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from bus.decode import Fields
+from bus.local import json_body
+from bus.log import about
+from bus.messages import Handle
+from bus.records import file_name
+from services.silk.addresses import Exhausted
+from services.silk.attachments import Conflict
+from services.silk.cell import Cell, NoLease
+from services.silk.namespace import NamespaceError
+from services.silk.settings import MAX_INTERFACE_NAME
+
+log = logging.getLogger(__name__)
+
+_STATUS: dict[type[Exception], int] = {
+    NamespaceError: 400,
+    Conflict: 409,
+    NoLease: 503,
+    Exhausted: 503,
+    OSError: 500,
+}
+
+
+def routes(cell: Cell) -> list[Route]:
+    """`GET /`, `POST /attach`, `POST /detach`."""
+
+    async def overlay(_: Request) -> Response:
+        lease, device = cell.overlay()
+        return JSONResponse({"overlay_subnet": str(lease.subnet), "mtu": device.mtu})
+
+    async def attach(request: Request) -> Response:
+        fields = await json_body(request, "attach")
+        attachment = await cell.attach(_handle(fields), fields.text("netns"), _interface(fields))
+        return JSONResponse(attachment.encode())
+
+    async def detach(request: Request) -> Response:
+        fields = await json_body(request, "detach")
+        await cell.detach(_handle(fields), fields.address("address") if "address" in fields else None)
+        return JSONResponse({})
+
+    return [
+        Route("/", _answered(overlay)),
+        Route("/attach", _answered(attach), methods=["POST"]),
+        Route("/detach", _answered(detach), methods=["POST"]),
+    ]
+
+
+def _answered(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint, with the errors that tell the caller what is wrong as answers."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except tuple(_STATUS) as error:
+            status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
+            log.warning("request refused", extra=about(request=request.url.path, status=status, error=str(error)))
+            return JSONResponse({"error": str(error)}, status_code=status)
+
+    return answer
+
+
+def _handle(fields: Fields) -> Handle:
+    handle = fields.text("handle")
+    if not handle.isprintable():
+        raise fields.malformed("handle", "has characters that cannot be printed")
+    file_name(Handle(handle))  # what has no record's name cannot be a container
+    return Handle(handle)
+
+
+def _interface(fields: Fields) -> str:
+    name = fields.text("ifname")
+    # What the kernel refuses as a name (dev_valid_name in net/core/dev.c).
+    if len(name) > MAX_INTERFACE_NAME or name in (".", "..") or any(c in "/:" or c.isspace() for c in name):
+        raise fields.malformed("ifname", f"{name!r} is not an interface name of 1 to {MAX_INTERFACE_NAME} characters")
+    if not name.isascii() or not name.isprintable():
+        raise fields.malformed("ifname", f"{name!r} has characters other than printable ASCII")
+    return name

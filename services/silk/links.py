@@ -1,0 +1,161 @@
+"""Container links: veth pairs whose one end is born inside the container's network namespace.
+
+The forms are those of contract/cell.md 3.2: the host's end `s-AAABBBCCCDDD` is named for the container's address, both
+MACs are derived from it, neither end speaks ARP, and the host is always 169.254.0.1 to the container.
+
+The host's end gets the container's handle as its alias with the last message of all. So a link with an alias is
+complete, and one without is what a crash left: it never carried traffic, because nobody was told of it.
+"""
+
+import re
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+
+from bus.failpoints import failpoint
+from bus.messages import Handle
+from services.silk.namespace import Namespace, write_sysctl
+from services.silk.netlink import Netlink
+from services.silk.rtnetlink import (
+    NOARP,
+    PROTOCOL_BOOT,
+    UP,
+    Link,
+    add_address,
+    addresses,
+    create_veth,
+    delete_link,
+    is_veth,
+    mac_text,
+    read_address,
+    read_link,
+    replace_neighbour,
+    replace_route,
+    set_alias,
+    set_link,
+    veths,
+)
+
+GATEWAY = IPv4Address("169.254.0.1")
+_NAME = re.compile(r"s-(\d{3})(\d{3})(\d{3})(\d{3})")
+_EVERYWHERE = IPv4Network("0.0.0.0/0")
+
+
+def host_interface(address: IPv4Address) -> str:
+    """The name of the host's end: `s-` and the address's octets, three digits each."""
+    return "s-" + "".join(f"{octet:03}" for octet in address.packed)
+
+
+def interface_address(name: str) -> IPv4Address | None:
+    """The address a host's end is named for; None for other people's interfaces."""
+    match = _NAME.fullmatch(name)
+    if match is None or any(int(octet) > 255 for octet in match.groups()):
+        return None
+    return IPv4Address(bytes(int(octet) for octet in match.groups()))
+
+
+def host_mac(address: IPv4Address) -> str:
+    return "aa:aa:" + mac_text(address.packed)
+
+
+def container_mac(address: IPv4Address) -> str:
+    return "ee:ee:" + mac_text(address.packed)
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerLink:
+    """The host's end of a container's link. `handle` is empty while the link is not complete."""
+
+    handle: Handle
+    address: IPv4Address
+    link: Link
+
+
+class Links:
+    """The container links in the network namespace of the thread that opened `netlink`."""
+
+    def __init__(self, netlink: Netlink) -> None:
+        self._netlink = netlink
+
+    def all(self, subnet: IPv4Network | None = None) -> list[ContainerLink]:
+        """Every container link, or those of one subnet, complete or not."""
+        found = []
+        for link in _veths(self._netlink):
+            address = interface_address(link.name)
+            if address is not None and (subnet is None or address in subnet):
+                found.append(ContainerLink(Handle(link.alias), address, link))
+        return found
+
+    def create(self, handle: Handle, address: IPv4Address, namespace: Namespace, interface: str, mtu: int) -> None:
+        """Make a container's link, all of it or nothing.
+
+        `interface` is its name in the container's namespace. Raises NetlinkError, NamespaceError or OSError.
+        """
+        name = host_interface(address)
+        self._netlink.run(
+            create_veth(name, host_mac(address), interface, container_mac(address), namespace.descriptor, mtu),
+        )
+        index = socket.if_nametoindex(name)
+        try:
+            failpoint("silk.attach.after-link")
+            _set_up(self._netlink, index, name, GATEWAY, address, container_mac(address))
+            namespace.run(lambda: _set_up_container(interface, address))
+            write_sysctl("ipv4/ip_forward", "1")
+            self._netlink.run(set_alias(index, handle))
+        except BaseException:
+            with suppress(OSError):
+                self._netlink.run(delete_link(index, name))
+            raise
+
+    def delete(self, link: Link) -> None:
+        """Delete a link, and so its other end. That it is gone already is no error."""
+        try:
+            self._netlink.run(delete_link(link.index, link.name))
+        except OSError:
+            with suppress(OSError):
+                socket.if_nametoindex(link.name)
+                raise
+            return
+
+
+def is_attached(host: ContainerLink, namespace: Namespace, interface: str) -> bool | None:
+    """Whether the link's other end is `interface` in that namespace and whole.
+
+    False for one that is there and not whole; None when it is not there at all.
+    """
+
+    def look() -> bool | None:
+        with Netlink() as netlink:
+            ends = [link for link in _veths(netlink) if link.name == interface]
+            if not ends or (ends[0].index, ends[0].peer) != (host.link.peer, host.link.index):
+                return None
+            own = {read_address(*each) for each in netlink.dump(*addresses())}
+            up = ends[0].flags & (UP | NOARP) == UP | NOARP
+            return up and ends[0].mac == container_mac(host.address) and (ends[0].index, host.address) in own
+
+    return namespace.run(look)
+
+
+def _veths(netlink: Netlink) -> list[Link]:
+    return [read_link(header, values) for header, values in netlink.dump(*veths()) if is_veth(values)]
+
+
+def _set_up(netlink: Netlink, index: int, name: str, local: IPv4Address, peer: IPv4Address, peer_mac: str) -> None:
+    """What both ends get alike."""
+    with suppress(OSError):  # a kernel without IPv6
+        write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "1")
+    write_sysctl(f"ipv4/conf/{name}/rp_filter", "1")
+    netlink.run(
+        # Without ARP first: switching it off later would drop the neighbour again.
+        set_link(index, up=True, noarp=True),
+        add_address(index, local, peer),
+        replace_neighbour(peer, peer_mac, index),
+    )
+
+
+def _set_up_container(interface: str, address: IPv4Address) -> None:
+    with Netlink() as netlink:
+        index = socket.if_nametoindex(interface)
+        _set_up(netlink, index, interface, address, GATEWAY, host_mac(address))
+        netlink.run(replace_route(_EVERYWHERE, GATEWAY, index, address, PROTOCOL_BOOT))

@@ -1,0 +1,78 @@
+"""Entering another network namespace, in a thread that lives no longer than the work done there.
+
+A thread that could not come back would do the rest of its life's work in a container; a thread that ends cannot.
+Opening sockets and writing under /proc/sys/net there concern that namespace, as in a process started in it.
+"""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+R = TypeVar("R")
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NamespaceError(Exception):
+    """A network namespace that is not there, or is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A network namespace: the path it was opened by, and a descriptor of it."""
+
+    path: str
+    descriptor: int
+
+    def run(self, work: Callable[[], R]) -> R:
+        """Do `work` in this namespace and give back its result. Its errors are raised here."""
+        visit = _Visit(self, work)
+        visit.start()
+        visit.join()
+        if visit.error is not None:
+            raise visit.error
+        return visit.result
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Namespace]:
+    """The network namespace at `path`, for as long as the block lasts. Raises NamespaceError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise NamespaceError(f"network namespace {path!r} cannot be opened: {error}") from None
+    try:
+        yield Namespace(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Visit(threading.Thread, Generic[R]):
+    def __init__(self, namespace: Namespace, work: Callable[[], R]) -> None:
+        super().__init__(name="namespace", daemon=True)
+        self._namespace = namespace
+        self._work = work
+        self.result: R
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            # setns(2) moves only the calling thread.
+            if _libc.setns(self._namespace.descriptor, _CLONE_NEWNET) != 0:
+                reason = os.strerror(ctypes.get_errno())
+                raise NamespaceError(f"{self._namespace.path!r} cannot be entered as a network namespace: {reason}")
+            self.result = self._work()
+        except BaseException as error:  # noqa: BLE001 (raised again where the work was asked for)
+            self.error = error
+
+
+def write_sysctl(name: str, value: str) -> None:
+    """Write net.NAME of the calling thread's network namespace. Raises OSError."""
+    path = Path("/proc/sys/net") / name
+    if path.read_text().strip() != value:
+        path.write_text(value)

@@ -1,0 +1,170 @@
+"""The entries that lead to the other cells: per lease one route, one neighbour, one forwarding (FDB) entry.
+
+    route       SUBNET via BASE dev VTEP src OWN-BASE    which cell a container is on
+    neighbour   BASE lladdr MAC dev VTEP                 the MAC of that cell's VTEP
+    forwarding  MAC dev VTEP dst UNDERLAY                where that VTEP is
+
+Desired entries are computed from the leases, actual ones remembered from what was carried out and read back at the
+start and in each sweep; the kernel gets the difference. Other people's entries are never touched: ours are the routes
+and neighbours that carry our protocol number, and the permanent forwarding entries of MACs that Silk derives from
+subnets of the overlay (the kernel keeps no owner of those).
+"""
+
+import errno
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+from bus.log import about
+from bus.messages import Lease
+from services.silk.netlink import Message, Netlink
+from services.silk.rtnetlink import (
+    PROTOCOL_SILK,
+    delete_forwarding,
+    delete_neighbour,
+    delete_route,
+    forwarding,
+    neighbours,
+    read_forwarding,
+    read_neighbour,
+    read_route,
+    replace_forwarding,
+    replace_neighbour,
+    replace_route,
+    routes,
+)
+from services.silk.subnets import vtep_address
+
+log = logging.getLogger(__name__)
+
+_GONE = {errno.ENOENT, errno.ESRCH, errno.EADDRNOTAVAIL}
+
+
+@dataclass(slots=True)
+class Entries:
+    """What leads to the other cells: subnet -> (gateway, source), gateway -> MAC, MAC -> underlay address."""
+
+    routes: dict[IPv4Network, tuple[IPv4Address, IPv4Address]] = field(default_factory=dict)
+    neighbours: dict[IPv4Address, str] = field(default_factory=dict)
+    forwarding: dict[str, IPv4Address] = field(default_factory=dict)
+
+
+def desired(own: Lease, overlay: IPv4Network, leases: Iterable[Lease]) -> Entries:
+    """The entries for all leases but our own and those outside the overlay."""
+    entries = Entries()
+    source = own.subnet.network_address
+    for lease in leases:
+        # A lease with our underlay address or an overlapping subnet would take our own traffic away.
+        if lease.underlay == own.underlay or lease.subnet.overlaps(own.subnet) or not lease.subnet.subnet_of(overlay):
+            continue
+        gateway = lease.subnet.network_address
+        entries.routes[lease.subnet] = (gateway, source)
+        entries.neighbours[gateway] = lease.mac
+        entries.forwarding[lease.mac] = lease.underlay
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How many entries were changed, and what the kernel refused (named in the log); those are tried again."""
+
+    changed: int
+    failed: int
+
+
+class Peers:
+    """The entries on one VTEP, `index`, in the network namespace that `netlink` was opened in. All methods block."""
+
+    def __init__(self, netlink: Netlink, index: int, overlay: IPv4Network) -> None:
+        self._netlink = netlink
+        self._index = index
+        self._overlay = overlay
+        self._actual = self._read()
+
+    def sweep(self, wanted: Entries, *, delete: bool = True) -> Result:
+        """Read what the kernel has and make it what is wanted."""
+        self._actual = self._read()
+        result = self.apply(wanted, delete=delete)
+        if result.changed:
+            log.warning("overlay entries had drifted and are repaired", extra=about(changed=result.changed))
+        return result
+
+    def apply(self, wanted: Entries, *, delete: bool = True) -> Result:
+        """Carry out the difference to what is there. Without `delete` nothing is removed, only added and changed."""
+        changes = [*self._replacements(wanted), *(self._deletions(wanted) if delete else ())]
+        try:
+            failures = self._netlink.apply([change.message for change in changes])
+        except OSError:
+            self._actual = self._read()  # nobody knows how far it came
+            raise
+        failed = 0
+        for index, change in enumerate(changes):
+            error = failures.get(index)
+            if error is None or (change.value is None and error.errno in _GONE):
+                change.note()
+            else:
+                failed += 1
+                log.error("overlay entry refused by the kernel", extra=about(error=str(error)))
+        return Result(len(changes) - failed, failed)
+
+    def _replacements(self, wanted: Entries) -> "Iterator[_Change]":
+        # In this order a route never leads to a neighbour that is not there yet.
+        actual, index = self._actual, self._index
+        for mac, underlay in wanted.forwarding.items():
+            if actual.forwarding.get(mac) != underlay:
+                yield _Change(replace_forwarding(mac, underlay, index), actual.forwarding, mac, underlay)
+        for address, mac in wanted.neighbours.items():
+            if actual.neighbours.get(address) != mac:
+                yield _Change(replace_neighbour(address, mac, index), actual.neighbours, address, mac)
+        for subnet, (gateway, source) in wanted.routes.items():
+            if actual.routes.get(subnet) != (gateway, source):
+                message = replace_route(subnet, gateway, index, source, PROTOCOL_SILK, onlink=True)
+                yield _Change(message, actual.routes, subnet, (gateway, source))
+
+    def _deletions(self, wanted: Entries) -> "Iterator[_Change]":
+        actual, index = self._actual, self._index
+        for subnet, (gateway, _) in actual.routes.items():
+            if subnet not in wanted.routes:
+                yield _Change(delete_route(subnet, gateway, index), actual.routes, subnet)
+        for address in actual.neighbours:
+            if address not in wanted.neighbours:
+                yield _Change(delete_neighbour(address, index), actual.neighbours, address)
+        for mac, underlay in actual.forwarding.items():
+            if mac not in wanted.forwarding:
+                yield _Change(delete_forwarding(mac, underlay, index), actual.forwarding, mac)
+
+    def _read(self) -> Entries:
+        """What the kernel has of ours on the VTEP."""
+        entries = Entries()
+        for header, values in self._netlink.dump(*routes()):
+            route = read_route(header, values)
+            if route is not None and route.index == self._index and route.gateway is not None:
+                entries.routes[route.prefix] = (route.gateway, route.source)
+        for header, values in self._netlink.dump(*neighbours()):
+            neighbour = read_neighbour(header, values, self._index)
+            if neighbour is not None:
+                entries.neighbours[neighbour[0]] = neighbour[1]
+        for header, values in self._netlink.dump(*forwarding(self._index)):
+            entry = read_forwarding(header, values, self._index)
+            base = vtep_address(entry[0]) if entry is not None else None
+            if entry is not None and base is not None and base in self._overlay:
+                entries.forwarding[entry[0]] = entry[1]
+        return entries
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A request, and what is to be remembered once it is carried out: `key` has `value`, or is gone if that is None."""
+
+    message: Message
+    known: dict[Any, Any]
+    key: Any
+    value: Any = None
+
+    def note(self) -> None:
+        if self.value is None:
+            self.known.pop(self.key, None)
+        else:
+            self.known[self.key] = self.value
