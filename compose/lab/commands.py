@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from compose.lab import lab, matrix, namespaces
+from compose.lab import lifecycle, matrix, namespaces
 from compose.lab.lab import Lab
 from compose.lab.namespaces import CommandFailed
 from compose.lab.processes import NotReady
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def _up(options: argparse.Namespace, terminal: Terminal) -> int:
     with (
         Steps(terminal) as steps,
-        lab.made(options.name, options.cells, kept=True, iptables=options.iptables, report=steps.begin) as made,
+        lifecycle.made(options.name, options.cells, kept=True, iptables=options.iptables, report=steps.begin) as made,
     ):
         steps.end()
         _show(made, terminal)
@@ -75,7 +75,7 @@ def _up(options: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _status(options: argparse.Namespace, terminal: Terminal) -> int:
-    with lab.opened(options.name) as opened:
+    with lifecycle.opened(options.name) as opened:
         return 0 if _show(opened, terminal) else 1
 
 
@@ -102,7 +102,7 @@ def _show(opened: Lab, terminal: Terminal) -> bool:
 
 
 def _run(options: argparse.Namespace, terminal: Terminal) -> int:
-    with lab.opened(options.name) as opened:
+    with lifecycle.opened(options.name) as opened:
         cells = options.cell or opened.state.cells
         count = options.instances or (len(options.cell) if options.cell else 1)
         if count < 1:
@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _remove(options: argparse.Namespace, terminal: Terminal) -> int:
-    with lab.opened(options.name) as opened:
+    with lifecycle.opened(options.name) as opened:
         opened.remove(options.container)
     terminal.line(f"{options.container} is removed")
     return 0
@@ -130,7 +130,7 @@ def _exec(options: argparse.Namespace, _: Terminal) -> int:
     command = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     if not command:
         raise LabError("no command: silkbus lab exec CONTAINER -- CMD")
-    with lab.opened(options.name) as opened:
+    with lifecycle.opened(options.name) as opened:
         cells = {name: opened.layout.namespace(name) for name in (*opened.state.cells, "centre")}
         namespace = cells.get(options.container) or opened.container(options.container).namespace
     line = namespaces.inside(namespace, command)
@@ -138,7 +138,7 @@ def _exec(options: argparse.Namespace, _: Terminal) -> int:
 
 
 def _matrix(options: argparse.Namespace, terminal: Terminal) -> int:
-    with lab.opened(options.name) as opened:
+    with lifecycle.opened(options.name) as opened:
         apps = list(opened.state.apps.values())
         if len(apps) < 2:
             raise LabError("a matrix needs two containers: start some with `silkbus lab run APP`")
@@ -149,8 +149,8 @@ def _matrix(options: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _down(options: argparse.Namespace, terminal: Terminal) -> int:
-    lab.requirements()
+    lifecycle.requirements()
     layout = Layout(options.name)
     with locked(layout), terminal.step(f"removing lab {options.name}"):
-        lab.destroy(layout)
+        lifecycle.destroy(layout)
     return 0

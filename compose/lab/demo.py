@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from compose.lab import host, lab, latency, matrix
+from compose.lab import host, latency, lifecycle, matrix
 from compose.lab.calls import GatewayError
 from compose.lab.containers import PORTS
 from compose.lab.lab import Lab
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     """The command; `argv` without its name. Answers the exit status."""
     parser = argparse.ArgumentParser("silkbus demo", description="Shows policies at work on a lab of 3 cells.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="changes of each kind to time [%(default)s]")
+    parser.add_argument("--name", default=NAME, help="the name of its lab [%(default)s]")
     parser.add_argument("--iptables", choices=("auto", "nft", "legacy"), default="auto", help="kind [%(default)s]")
     parser.add_argument(
         "--sabotage",
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     terminal = Terminal()
     before_term = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(terminal, options.rounds, options.iptables, sabotage=options.sabotage)
+        return _run(terminal, options)
     except Errors as error:
         print(f"silkbus demo: {error}", file=sys.stderr)
         return 1
@@ -73,13 +74,16 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _run(terminal: Terminal, rounds: int, iptables: str, *, sabotage: bool) -> int:
-    lab.requirements()
-    lab.sweep()
+def _run(terminal: Terminal, options: argparse.Namespace) -> int:
+    lifecycle.requirements()
+    lifecycle.sweep()
     before = host.snapshot()
     terminal.title(f"A lab of {CELLS} cells")
-    with Steps(terminal) as steps, lab.made(NAME, CELLS, iptables=iptables, report=steps.begin) as demo:
-        problems = _show(demo, terminal, steps, rounds, sabotage=sabotage)
+    with (
+        Steps(terminal) as steps,
+        lifecycle.made(options.name, CELLS, iptables=options.iptables, report=steps.begin) as demo,
+    ):
+        problems = _show(demo, terminal, steps, options.rounds, sabotage=options.sabotage)
         steps.begin("removing the lab")
     changed = host.differences(before, host.snapshot())
     terminal.title("The end")

@@ -13,37 +13,22 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
-import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from compose.lab import calls, containers, namespaces, processes, services
-from compose.lab.state import App, LabError, Layout, State, app_name, forget, known, locked
+from compose.lab.state import App, LabError, Layout, State, app_name
 
-MAX_CELLS = 100
 CLI_TIMEOUT = 30.0
 SETTLE_TIMEOUT = 20.0
 
 Report = Callable[[str], None]
 
 
-def requirements() -> None:
-    """Raise LabError, naming all of it, if this machine or user cannot have a lab."""
-    missing = [name for name in ("ip", "iptables-restore", "iptables-save", "ipset") if shutil.which(name) is None]
-    if os.geteuid() != 0:
-        raise LabError("a lab needs root (for network namespaces): run it with sudo")
-    if missing:
-        raise LabError(
-            f"a lab needs programs that are missing: {', '.join(missing)}; on Debian and Ubuntu: "
-            "apt-get install iproute2 iptables ipset conntrack"
-        )
-
-
 class Lab:
-    """A lab whose lock this process holds: made by `opened` or `made`."""
+    """A lab whose lock this process holds: see compose.lab.lifecycle."""
 
     def __init__(self, layout: Layout, state: State) -> None:
         self.layout = layout
@@ -265,89 +250,3 @@ class Lab:
                 return f"has revision {seen} of the policies, not {revision}" if behind else None
 
             processes.wait_ready(self.state.services[f"{cell}/enforcer"], missing, timeout=SETTLE_TIMEOUT)
-
-
-def destroy(layout: Layout) -> None:
-    """End and remove everything of a lab, whatever state it is in; nothing there is no error."""
-    everything = namespaces.names(layout.prefix)
-    namespaces.end_processes(everything, grace=0)
-    state = State.load(layout)
-    if state is not None:
-        # They have ended, for they were inside; those that were our children are collected.
-        for process in [*state.services.values(), *(app.process for app in state.apps.values())]:
-            process.kill()
-    for name in everything:
-        namespaces.delete(name)
-    forget(layout)
-
-
-def stands(state: State | None) -> bool:
-    """Whether this is a lab kept on purpose, of which anything still runs."""
-    return (
-        state is not None
-        and state.standing
-        and state.kept
-        and any(process.alive() for process in state.services.values())
-    )
-
-
-def sweep() -> None:
-    """Remove what killed commands left: labs that do not stand and that no command holds."""
-    for name in known():
-        layout = Layout(name)
-        with contextlib.suppress(LabError), locked(layout):
-            if not stands(State.load(layout)):
-                destroy(layout)
-
-
-@contextlib.contextmanager
-def made(
-    name: str, cells: int, *, kept: bool = False, iptables: str = "auto", report: Report = lambda _: None
-) -> Iterator[Lab]:
-    """A new lab. Unless it is kept it is removed on leaving; on an error it is removed in any case.
-
-    Raises LabError if one of this name stands; what a killed command left of it is removed first.
-    """
-    requirements()
-    if not 1 <= cells <= MAX_CELLS:
-        raise LabError(f"a lab has 1 to {MAX_CELLS} cells, not {cells}")
-    layout = Layout(name)
-    with locked(layout):
-        if stands(State.load(layout)):
-            raise LabError(f"lab {name} stands already: see `silkbus lab status`, or end it with `silkbus lab down`")
-        destroy(layout)
-        state = State(name, kept, [f"cell-{number}" for number in range(1, cells + 1)], iptables)
-        lab = Lab(layout, state)
-        try:
-            lab.build(report)
-            yield lab
-        except BaseException:
-            _undisturbed(lambda: destroy(layout))
-            raise
-        if not kept:
-            _undisturbed(lambda: destroy(layout))
-
-
-@contextlib.contextmanager
-def opened(name: str) -> Iterator[Lab]:
-    """The standing lab of this name, held while inside. Raises LabError if there is none."""
-    requirements()
-    layout = Layout(name)
-    with locked(layout):
-        state = State.load(layout)
-        if state is None or not stands(state):
-            raise LabError(f"no lab {name} stands: start it with `silkbus lab up`")
-        yield Lab(layout, state)
-
-
-def _undisturbed(work: Callable[[], None]) -> None:
-    """Do `work` to its end: a second Ctrl-C must not leave half of a lab."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which is the only one that Ctrl-C interrupts
-        work()
-        return
-    try:
-        work()
-    finally:
-        signal.signal(signal.SIGINT, before)
