@@ -71,6 +71,15 @@ class Call:
 Handler = Callable[[Call], Awaitable[Response]]
 
 
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What one method of one path does. Without `scopes` it needs no token; else a token with one of them."""
+
+    name: str
+    handler: Handler
+    scopes: tuple[str, ...] = ()
+
+
 class _Version(StringConvertor):
     regex = "[^/]*"  # the empty version is a wrong one, not another path
 
@@ -89,17 +98,22 @@ class Gateway:
 
     def application(self) -> Starlette:
         external = "/networking/{version:version}/external"
+        uptime = Operation("Uptime", self._uptime)
         health = Health()
         app = Starlette(
             routes=[
-                self._route("Uptime", "GET", "/", self._uptime),
-                self._route("Uptime", "GET", "/networking", self._uptime),
-                self._route("Health", "GET", "/health", self._health),
-                self._route("CreatePolicies", "POST", f"{external}/policies", self._create, scopes=(ADMIN, WRITE)),
+                self._route("/", GET=uptime),
+                self._route("/networking", GET=uptime),
+                self._route("/health", GET=Operation("Health", self._health)),
                 self._route(
-                    "DeletePolicies", "POST", f"{external}/policies/delete", self._delete, scopes=(ADMIN, WRITE)
+                    f"{external}/policies",
+                    POST=Operation("CreatePolicies", self._create, (ADMIN, WRITE)),
+                    GET=Operation("PoliciesIndex", self._index, (ADMIN, WRITE)),
                 ),
-                self._route("PoliciesIndex", "GET", f"{external}/policies", self._index, scopes=(ADMIN, WRITE)),
+                self._route(
+                    f"{external}/policies/delete",
+                    POST=Operation("DeletePolicies", self._delete, (ADMIN, WRITE)),
+                ),
                 Route("/livez", health.livez),
                 Route("/readyz", self._readyz),
                 Route("/metrics", health.metrics),
@@ -109,15 +123,15 @@ class Gateway:
         app.router.redirect_slashes = False
         return app
 
-    def _route(self, name: str, method: str, path: str, handler: Handler, *, scopes: tuple[str, ...] = ()) -> Route:
+    def _route(self, path: str, **operations: Operation) -> Route:
         async def endpoint(request: Request) -> Response:
-            return await self._answer(name, request, handler, scopes)
+            return await self._answer(operations[request.method], request)
 
-        route = Route(path, endpoint, methods=[method])
-        route.methods = {method}  # starlette adds HEAD to GET; the contract has none
+        route = Route(path, endpoint, methods=list(operations))
+        route.methods = set(operations)  # starlette adds HEAD to GET; the contract has none
         return route
 
-    async def _answer(self, name: str, request: Request, handler: Handler, scopes: tuple[str, ...]) -> Response:
+    async def _answer(self, operation: Operation, request: Request) -> Response:
         started = time.monotonic()
         own_id = str(uuid.uuid4())
         incoming = request.headers.get("x-vcap-request-id")
@@ -126,17 +140,17 @@ class Gateway:
             version = request.path_params.get("version", VERSIONS[0])
             if version not in VERSIONS:
                 raise ApiError(406, f"api version '{version}' not supported")
-            user = self._authorise(request, scopes).user if scopes else ""
-            response = await handler(Call(request, own_id, user))
+            user = self._authorise(request, operation.scopes).user if operation.scopes else ""
+            response = await operation.handler(Call(request, own_id, user))
         except ApiError as error:
-            response = _error(error, name, request_id)
+            response = _error(error, operation.name, request_id)
         except Exception as error:
-            log.exception("request failed", extra=about(route=name, request=request_id))
+            log.exception("request failed", extra=about(route=operation.name, request=request_id))
             text = f"unexpected error: {type(error).__name__}; see the server's log for request {request_id}"
-            response = _error(ApiError(500, text), name, request_id)
+            response = _error(ApiError(500, text), operation.name, request_id)
         response.headers.update(_HEADERS)
         response.headers["X-Vcap-Request-Id"] = request_id
-        REQUESTS.labels(name, response.status_code).observe(time.monotonic() - started)
+        REQUESTS.labels(operation.name, response.status_code).observe(time.monotonic() - started)
         return response
 
     def _authorise(self, request: Request, scopes: tuple[str, ...]) -> Identity:

@@ -174,8 +174,10 @@ async def _rows(database: DatabaseConnection, requested: Iterable[Policy]) -> di
     present = {}
     for chunk in chunks(_by_pair(requested)):
         # Not a comparison of tuples, for which SQLite reads the whole table.
-        pairs = [(policies.c.source == source) & (policies.c.destination == destination) for source, destination in chunk]
-        query = sql.select(*_COLUMNS).where(sql.or_(*pairs))
+        same = [
+            (policies.c.source == source) & (policies.c.destination == destination) for source, destination in chunk
+        ]
+        query = sql.select(*_COLUMNS).where(sql.or_(*same))
         present.update({_policy(row): row["id"] for row in await database.fetch_all(query)})
     return present
 

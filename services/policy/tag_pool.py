@@ -6,6 +6,7 @@ back to at once is its last owner, for whom it means what it always meant. Numbe
 then freed ones, the one that rested longest first.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 class TagsExhausted(Exception):
-    """Every one of the 65 535 tags is in use or resting."""
+    """Every tag is in use or resting."""
 
 
 def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[Sequence[T]]:
@@ -35,10 +36,14 @@ def chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[Sequence[T]]:
 
 
 class TagPool:
-    """The tags. `rest` is how long a freed one is kept from other apps, in seconds; `clock` gives Unix time."""
+    """The tags 1 to `highest`.
 
-    def __init__(self, *, rest: int, clock: Callable[[], float]) -> None:
+    `rest` is how long a freed one is kept from other apps, in seconds; `clock` gives Unix time.
+    """
+
+    def __init__(self, *, rest: int, clock: Callable[[], float], highest: int = MAX_TAG) -> None:
         self.rest = rest
+        self.highest = highest
         self._clock = clock
 
     async def take(self, database: DatabaseConnection, apps: Collection[AppId]) -> dict[AppId, Tag]:
@@ -63,14 +68,14 @@ class TagPool:
 
     async def free(self, database: DatabaseConnection, apps: Iterable[AppId]) -> None:
         """Take the tags of these apps back, to rest from now on."""
-        now = int(self._clock())
+        now = math.ceil(self._clock())
         for chunk in chunks(apps):
             await database.execute(tags.update().where(tags.c.app.in_(chunk)).values(freed_at=now))
 
     async def _free_numbers(self, database: DatabaseConnection, count: int) -> list[Tag]:
         """Tags that no row holds any more, in the order in which they are to be given."""
-        highest = await database.fetch_val(sql.select(sql.func.coalesce(sql.func.max(tags.c.tag), 0)))
-        numbers = [Tag(number) for number in range(highest + 1, min(highest + count, MAX_TAG) + 1)]
+        used = await database.fetch_val(sql.select(sql.func.coalesce(sql.func.max(tags.c.tag), 0)))
+        numbers = [Tag(number) for number in range(used + 1, min(used + count, self.highest) + 1)]
         wanted = count - len(numbers)
         if wanted == 0:
             return numbers
@@ -79,7 +84,7 @@ class TagPool:
         old = [Tag(row["tag"]) for row in await database.fetch_all(query.limit(wanted))]
         if len(old) < wanted:
             raise TagsExhausted(
-                f"no free tags: {count} needed, {len(numbers) + len(old)} free; at most {MAX_TAG} apps can be in "
+                f"no free tags: {count} needed, {len(numbers) + len(old)} free; at most {self.highest} apps can be in "
                 f"policies, and a freed tag rests for {self.rest} s before another app may have it"
             )
         for chunk in chunks(old):
