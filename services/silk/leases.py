@@ -47,7 +47,7 @@ _FORMER_LEASES = Table(
 MIGRATIONS: list[Step] = [("lease-1", [_LEASES, _FORMER_LEASES])]
 
 _CLOCK = {
-    "sqlite": "CAST(strftime('%s', 'now') AS INTEGER)",
+    "sqlite": "unixepoch()",
     "postgresql": "CAST(EXTRACT(EPOCH FROM now()) AS BIGINT)",
     "mysql": "UNIX_TIMESTAMP()",
 }
