@@ -212,6 +212,9 @@ class Reconciler:
                 planned = plan(self._settings, self._model, touched)
                 applied = await self._kernel.run(self._dataplane.apply, planned)
                 self._note(applied, planned.revision, drift=looked and quiet and self.applied_at is not None)
+            else:  # what came concerns no container here, so the kernel has it as it is
+                self.revision = self._model.revision
+                REVISION.set(self.revision)
         except BaseException:
             self._model.touched.everything = self._look_again = True
             self._model.touched.released |= touched.released - self._model.addresses()
