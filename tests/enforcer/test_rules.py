@@ -1,0 +1,131 @@
+"""Desired state as text: what is rendered, how it is split, what is written for a difference."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bus.messages import Ports, Protocol, Tag
+from services.enforcer.desired import dispatch, family_of, fence, static, static_v6
+from services.enforcer.iptables import Picture, difference, parse
+from services.enforcer.rules import ChainId, Chains, rule
+from services.enforcer.settings import EnforcerSettings
+from services.enforcer.tree import Sources, allowing, app_chains, levels
+
+SETTINGS = EnforcerSettings(cell="c", iptables="nft")
+HTTP = Ports(Protocol.TCP, 80, 80)
+
+
+def text(chains: Chains) -> str:
+    """As iptables-restore takes it, without the comments."""
+    return "\n".join(
+        f"{chain.table} {chain.name} {rule.match} -j {rule.target}".replace("  ", " ")
+        for chain, rules in chains.items()
+        for rule in rules
+    )
+
+
+def test_the_fixed_chains_are_these() -> None:
+    assert text(static(SETTINGS, peers_known=True)) == (
+        "raw PREROUTING -i s-+ -j sb-raw-link\n"
+        "raw PREROUTING -p udp -m udp --dport 4789 -m addrtype --dst-type LOCAL -j sb-raw-vxlan\n"
+        "raw sb-raw-link -m rpfilter --invert -j DROP\n"
+        "raw sb-raw-link -p udp -m udp --dport 4789 -j DROP\n"
+        "raw sb-raw-vxlan -m set ! --match-set sb-peers src -j DROP\n"
+        "raw sb-raw-vxlan -j CT --notrack\n"
+        "raw OUTPUT -p udp -m udp --dport 4789 -j sb-raw-out\n"
+        "raw sb-raw-out -j CT --notrack\n"
+        "mangle PREROUTING -i s-+ -j sb-mark\n"
+        "mangle sb-mark -j SET --map-set sb-tag src --map-mark\n"
+        "filter FORWARD -i s-+ -j sb-forward\n"
+        "filter FORWARD -o s-+ -j sb-forward\n"
+        "filter FORWARD -i silk-vtep -j sb-forward\n"
+        "filter sb-forward -m connmark --mark 0x80000000/0x80000000 -j sb-cut\n"
+        "filter sb-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
+        "filter sb-forward -p tcp -m tcp ! --syn -m conntrack --ctstate INVALID,NEW -j DROP\n"
+        "filter sb-forward -i s-+ -o s-+ -j sb-to\n"
+        "filter sb-forward -i silk-vtep -o s-+ -j sb-to\n"
+        "filter sb-forward -i s-+ -o silk-vtep -d 10.255.0.0/16 -m mark ! --mark 0x0/0xffff -j ACCEPT\n"
+        "filter sb-forward -j REJECT --reject-with icmp-port-unreachable\n"
+        "filter sb-cut -p tcp -j REJECT --reject-with tcp-reset\n"
+        "filter sb-cut -j REJECT --reject-with icmp-port-unreachable\n"
+        "filter sb-accept -j CONNMARK --save-mark --nfmask 0xffff --ctmask 0xffff\n"
+        "filter sb-accept -j ACCEPT\n"
+        "filter INPUT -i s-+ -j sb-input\n"
+        "filter INPUT -i silk-vtep -j sb-input-vtep\n"
+        "filter sb-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
+        "filter sb-input -j REJECT --reject-with icmp-port-unreachable\n"
+        "filter sb-input-vtep -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
+        "filter sb-input-vtep -j DROP"
+    )
+    assert "sb-peers" not in text(fence(SETTINGS))
+    assert text(static_v6(SETTINGS)).endswith("filter sb-v6 -j DROP")
+    assert dispatch(set()) == {ChainId("filter", "sb-to"): ()}
+
+
+def test_a_policy_is_one_rule() -> None:
+    made = allowing(Tag(0x12), Ports(Protocol.UDP, 100, 200))
+    assert made.specification == (
+        f"-p udp -m mark --mark 0x12/0xffff -m udp --dport 100:200 -m comment --comment sb:{made.hash} -j sb-accept"
+    )
+
+
+@pytest.mark.parametrize(("sources", "depth"), [(0, 0), (64, 0), (65, 1), (1024, 1), (1025, 2), (10_000, 2)])
+def test_a_chain_is_split_as_far_as_needed(sources: int, depth: int) -> None:
+    assert levels(sources) == depth
+    chains = app_chains("sb-a-0123456789abcdef", {Tag(n): (HTTP,) for n in range(1, sources + 1)})
+    assert len(chains) == {0: 1, 1: 17, 2: 273}[depth]
+    assert all(len(chain.name) <= 28 and family_of(chain.name) == "sb-a-0123456789abcdef" for chain in chains)
+    leaves = [rules for rules in chains.values() if not rules or rules[0].target == "sb-accept"]
+    assert sum(map(len, leaves)) == sources
+    assert max(map(len, leaves)) <= 64
+
+
+def walk(chains: Chains, name: str, tag: int) -> set[str]:
+    """What a packet with this tag meets: a reader of our own rendering, for the tree only."""
+    met = set()
+    for made in chains[ChainId("filter", name)]:
+        value, mask = made.match.split("--mark ")[1].split()[0].split("/")
+        if tag & int(mask, 16) == int(value, 16):
+            met |= {made.match} if made.target == "sb-accept" else walk(chains, made.target, tag)
+    return met
+
+
+@given(st.dictionaries(st.integers(1, 0xFFFF).map(Tag), st.just((HTTP,)), min_size=1, max_size=1500))
+@settings(max_examples=20, deadline=None)
+def test_splitting_changes_nothing_for_anybody(sources: Sources) -> None:
+    chains = app_chains("sb-a-x", sources)
+    for tag in list(sources)[:50]:
+        assert walk(chains, "sb-a-x", tag) == {allowing(tag, HTTP).match}
+    for tag in {1, 0x10, 0xFFFF} - set(sources):
+        assert walk(chains, "sb-a-x", tag) == set()
+
+
+def test_only_what_differs_is_written_and_foreign_rules_stay() -> None:
+    first, second = rule("-i s-+", to="sb-x"), rule("-o s-+", to="sb-x")
+    inner = rule(to="DROP")
+    picture = Picture()
+    parse(
+        "filter",
+        "*filter\n:FORWARD ACCEPT [0:0]\n:DOCKER - [0:0]\n:sb-x - [0:0]\n:sb-old - [0:0]\n"
+        f"-A FORWARD {first.specification}\n"
+        "-A FORWARD -j DOCKER\n"
+        f'-A sb-x -m comment --comment "sb:{inner.hash}" -j DROP\nCOMMIT\n',
+        picture,
+    )
+    forward, own = ChainId("filter", "FORWARD"), ChainId("filter", "sb-x")
+    assert picture.own == {own: (inner.hash,), ChainId("filter", "sb-old"): ()}
+    assert not difference(picture, {forward: (first,), own: (inner,)})
+    edit = difference(picture, {forward: (second, first), own: (inner,), ChainId("raw", "sb-new"): (inner,)})
+    assert edit.text == (
+        f"*raw\n:sb-new - [0:0]\n-A sb-new {inner.specification}\nCOMMIT\n"
+        f"*filter\n-D FORWARD {first.specification}\n-I FORWARD 1 {second.specification}\n"
+        f"-I FORWARD 2 {first.specification}\nCOMMIT\n"
+    )
+
+
+def test_a_jump_of_ours_that_is_not_first_is_moved() -> None:
+    jump = rule("-i s-+", to="sb-x")
+    picture = Picture()
+    parse("filter", f":FORWARD ACCEPT [0:0]\n-A FORWARD -j OTHER\n-A FORWARD {jump.specification}\n", picture)
+    edit = difference(picture, {ChainId("filter", "FORWARD"): (jump,)})
+    assert edit.lines == {"filter": [f"-D FORWARD {jump.specification}", f"-I FORWARD 1 {jump.specification}"]}
