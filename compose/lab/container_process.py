@@ -11,8 +11,10 @@ it starts in some 30 ms under `python -IS`; one thread, so that a probe never wa
 An outcome is "accepted" (and by whom: the greeting), "refused" (a reset or an ICMP error, named) or "timed out".
 """
 
+import contextlib
 import errno
 import json
+import os
 import resource
 import selectors
 import socket
@@ -128,14 +130,14 @@ def connect(timeout: float, targets: list[Target]) -> None:
 
 
 class Attempt:
-    """One try to connect. `outcome` is None while it is open."""
+    """One try to connect, and when the one before it was begun. `outcome` is None while it is open."""
 
-    __slots__ = ("begun", "ended", "error", "outcome", "sock", "target")
+    __slots__ = ("begun", "ended", "error", "outcome", "previous", "sock")
 
-    def __init__(self, target: int, sock: socket.socket, begun: float) -> None:
-        self.target = target
+    def __init__(self, sock: socket.socket, begun: float, previous: float) -> None:
         self.sock = sock
         self.begun = begun
+        self.previous = previous
         self.ended = 0.0
         self.outcome: str | None = None
         self.error = 0
@@ -151,8 +153,8 @@ class Watch:
     """Tries each target every `interval` seconds, from a new source port each time, whether or not the last is done.
 
     Verdicts are taken in the order in which the attempts were begun. A line is written when a target's verdict
-    changes, and one at the end, with counts and the largest gap between two attempts (a gap is our own lateness: what
-    happened within it was not seen).
+    changes, with the gap since the attempt before (what happened within a gap was not seen), and one at the end, with
+    counts.
     """
 
     def __init__(self, interval: float, timeout: float, targets: list[Target]) -> None:
@@ -162,6 +164,7 @@ class Watch:
         self.verdicts: list[str | None] = [None for _ in targets]
         self.counts: list[dict[str, int]] = [{} for _ in targets]
         self.slowest: list[float] = [0.0 for _ in targets]
+        self.last: list[float] = [0.0 for _ in targets]
         self.ready = False
         self.source_ports = self._cycle()
 
@@ -173,15 +176,10 @@ class Watch:
     def run(self) -> None:
         self.selector.register(sys.stdin, selectors.EVENT_READ)
         due = time.monotonic()
-        last = None
-        largest_gap = 0.0
         stopping = False
         while not stopping or any(self.open):
             now = time.monotonic()
             if not stopping and now >= due:
-                if last is not None and self.ready:
-                    largest_gap = max(largest_gap, now - last)
-                last = now
                 for number in range(len(self.targets)):
                     self.begin(number)
                 due = max(due + self.interval, now)
@@ -198,7 +196,6 @@ class Watch:
             attempts=[sum(counts.values()) for counts in self.counts],
             counts=self.counts,
             slowest=self.slowest,
-            largest_gap=largest_gap,
         )
 
     def begin(self, number: int) -> None:
@@ -211,7 +208,9 @@ class Watch:
             except OSError as problem:
                 if problem.errno != errno.EADDRINUSE:
                     raise
-        attempt = Attempt(number, sock, time.monotonic())
+        now = time.monotonic()
+        attempt = Attempt(sock, now, self.last[number] or now)
+        self.last[number] = now
         self.open[number].append(attempt)
         error = sock.connect_ex((target.address, target.port))
         if error == errno.EINPROGRESS:
@@ -250,7 +249,8 @@ class Watch:
         if outcome != self.verdicts[number]:
             self.verdicts[number] = outcome
             error = errno.errorcode.get(attempt.error, "") if attempt.error else ""
-            say(target=number, outcome=outcome, begun=attempt.begun, ended=attempt.ended, error=error)
+            gap = attempt.begun - attempt.previous
+            say(target=number, outcome=outcome, begun=attempt.begun, ended=attempt.ended, gap=gap, error=error)
 
 
 def main(arguments: list[str]) -> None:
@@ -262,6 +262,8 @@ def main(arguments: list[str]) -> None:
         case ["connect", timeout, *targets]:
             connect(float(timeout), [parse_target(text) for text in targets])
         case ["watch", interval, timeout, *targets] if targets:
+            with contextlib.suppress(PermissionError):
+                os.nice(-10)  # it measures times, so it should not wait for what it measures
             Watch(float(interval), float(timeout), [parse_target(text) for text in targets]).run()
         case _:
             sys.exit(__doc__)

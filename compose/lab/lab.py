@@ -15,7 +15,7 @@ import os
 import secrets
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from compose.lab import calls, containers, namespaces, processes, services
@@ -103,10 +103,6 @@ class Lab:
         running = self.state.services.get(name)
         if running is not None and running.alive():
             raise LabError(f"{name} is running already (pid {running.pid})")
-        self._spawn_unchecked(name, environment)
-        self.state.save(self.layout)
-
-    def _spawn_unchecked(self, name: str, environment: Mapping[str, str]) -> None:
         with contextlib.ExitStack() as stack:
             variables: dict[str, str] = {}
             descriptors: list[int] = []
@@ -124,10 +120,7 @@ class Lab:
                 environment={**service.environment, **variables, **environment},
                 descriptors=descriptors,
             )
-
-    def spawn(self, name: str, **environment: str) -> None:
-        """Start a service and do not wait: for one that cannot become ready yet."""
-        self._spawn(name, environment)
+        self.state.save(self.layout)
 
     def wait_ready(self, name: str, *, timeout: float = 30.0) -> None:
         service = services.service(name, self.layout, self.state)
@@ -150,25 +143,19 @@ class Lab:
     # Containers
 
     def run_app(self, app: str, cells: Sequence[str]) -> list[App]:
-        """Create one container of `app` on each of these cells (a cell may be named often), at the same time."""
+        """Create one container of `app` on each of these cells (a cell may be named often), one after the other."""
         for cell in cells:
             if cell not in self.state.cells:
                 raise LabError(f"no cell {cell!r} in lab {self.layout.name}; there are: {', '.join(self.state.cells)}")
         app_name(app)
         self._list_app(app)
-        numbers = self._free_numbers(app)
-        handles = [f"{app}-{next(numbers)}" for _ in cells]
-        with ThreadPoolExecutor(4) as pool:
-            futures = [
-                pool.submit(containers.create, self.layout, handle, app, self.guid(app), cell)
-                for handle, cell in zip(handles, cells, strict=True)
-            ]
-        problems = [error for future in futures if (error := future.exception()) is not None]
-        made = [future.result() for future in futures if future.exception() is None]
-        self.state.apps.update({container.handle: container for container in made})
-        self.state.save(self.layout)
-        if problems:
-            raise problems[0]
+        made = []
+        for cell in cells:
+            handle = next(name for number in range(10_000) if (name := f"{app}-{number}") not in self.state.apps)
+            container = containers.create(self.layout, handle, app, self.guid(app), cell)
+            self.state.apps[handle] = container
+            self.state.save(self.layout)
+            made.append(container)
         return made
 
     def remove(self, handle: str) -> None:
@@ -187,9 +174,6 @@ class Lab:
     def guid(self, app: str) -> str:
         """An app's GUID: the same name has the same one in every lab."""
         return str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{app}.lab.silkbus"))
-
-    def _free_numbers(self, app: str) -> Iterator[int]:
-        return (number for number in range(10_000) if f"{app}-{number}" not in self.state.apps)
 
     def _list_app(self, app: str) -> None:
         listed = json.loads(self.layout.directory.read_text())["apps"]

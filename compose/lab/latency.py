@@ -31,7 +31,7 @@ class Timing:
     pair: str
     opening: bool
     seconds: float
-    largest_gap: float
+    gap: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _one(pairings: Sequence[Pairing], change: Callable[[], Change], *, opening: 
         if watch.seen.of(number)[-1].accepted != opening:
             raise NotSeen(f"{what} did not last")
         at = first.begun if first.verdict == TIMED_OUT else first.ended
-        timings.append(Timing(pairing.name, opening, at - made.answered, watch.seen.largest_gap))
+        timings.append(Timing(pairing.name, opening, at - made.answered, first.gap))
     return timings
 
 
@@ -88,6 +88,9 @@ def table(timings: Sequence[Timing]) -> list[str]:
         what = "the first connection through" if opening else "the first refusal"
         numbers = f"{min(values):8.1f} {statistics.median(values):8.1f} {max(values):8.1f}"
         lines.append(f"  {what:38} {pair:12} {numbers}")
-    gap = max(timing.largest_gap for timing in timings) * 1000
-    lines.append(f"  (probes 1 ms apart, a new source port each; the longest time between two was {gap:.1f} ms)")
+    gaps = [timing.gap * 1000 for timing in timings]
+    lines.append(
+        f"  (each probe from a new source port; the one before it was {statistics.median(gaps):.1f} ms earlier, "
+        f"at most {max(gaps):.1f} ms)"
+    )
     return lines

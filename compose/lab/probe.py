@@ -60,12 +60,16 @@ def connect(namespace: str, targets: Sequence[str], *, timeout: float = CONNECT_
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A target's verdict became another at an attempt begun and ended at these times (CLOCK_MONOTONIC, seconds)."""
+    """A target's verdict became another at an attempt begun and ended at these times (CLOCK_MONOTONIC, seconds).
+
+    `gap` is the time, in seconds, since the attempt before it was begun.
+    """
 
     target: int
     verdict: str
     begun: float
     ended: float
+    gap: float
 
     @property
     def accepted(self) -> bool:
@@ -74,15 +78,11 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a watch saw: all transitions, per target the number of each verdict and the slowest answer in seconds.
-
-    `largest_gap` is the longest time, in seconds, in which the probe itself made no attempt.
-    """
+    """What a watch saw: all transitions, per target the number of each verdict and the slowest answer in seconds."""
 
     transitions: list[Transition]
     counts: list[dict[str, int]]
     slowest: list[float]
-    largest_gap: float
 
     def of(self, number: int) -> list[Transition]:
         """The transitions of one target; the first is its first verdict."""
@@ -148,7 +148,7 @@ class Watch:
                     self._ready = True
                 elif "target" in values:
                     self._transitions.append(
-                        Transition(values["target"], values["outcome"], values["begun"], values["ended"])
+                        Transition(values["target"], values["outcome"], values["begun"], values["ended"], values["gap"])
                     )
                 else:
                     self._summary = values
@@ -187,7 +187,7 @@ class Watch:
         if self._summary is None:
             raise CommandFailed(f"{' '.join(self._command)}: ended without telling what it saw")
         summary = self._summary
-        self._seen = Seen(self._transitions, summary["counts"], summary["slowest"], summary["largest_gap"])
+        self._seen = Seen(self._transitions, summary["counts"], summary["slowest"])
 
     def _close(self) -> None:
         self._process.kill()
