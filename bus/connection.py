@@ -11,6 +11,8 @@ Publishing while disconnected drops the message and says so: everything sent her
 import asyncio
 import logging
 import random
+import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,12 +22,15 @@ import nats
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js import JetStreamContext
 from prometheus_client import Counter, Gauge
 from tenacity import AsyncRetrying, RetryCallState, wait_random_exponential
 
-from bus import subjects
+from bus import micro, subjects
+from bus.credentials import Credentials
 from bus.decode import Fields, Malformed
 from bus.log import about
+from bus.micro import MALFORMED, PartsAnswerer
 from bus.wire import decode, encode
 
 log = logging.getLogger(__name__)
@@ -35,12 +40,11 @@ CHECK_INTERVAL = 2.0
 CHECK_TIMEOUT = 3
 MAX_BACKOFF = 5.0
 CLOSE_TIMEOUT = 2.0
-MAX_CONCURRENT_ANSWERS = 256
+STABLE_SECONDS = 10.0
 MAX_BACKLOG_BYTES = 64 << 20
 
 CONNECTED = Gauge("silkbus_bus_connected", "1 while connected to NATS")
 DROPPED = Counter("silkbus_bus_dropped_total", "Messages not sent because the bus was away or its buffer was full")
-MALFORMED = Counter("silkbus_bus_malformed_total", "Messages refused because they could not be understood")
 
 
 class BusAway(Exception):
@@ -53,7 +57,6 @@ class NoAnswer(Exception):
 
 Handler = Callable[[str, bytes], None]
 Answerer = Callable[[str, Fields], Awaitable[Mapping[str, Any]]]
-PartsAnswerer = Callable[[str, Fields], Awaitable[Sequence[Mapping[str, Any]]]]
 
 
 @dataclass(eq=False)
@@ -70,11 +73,13 @@ class Connection:
     servers: list[str]
     name: str
     inbox_prefix: str
+    credentials: Credentials | None
     options: Mapping[str, Any]
     _client: Client | None = None
     _subscriptions: list[_Subscription] = field(default_factory=list)
     _watchers: list[Callable[[], None]] = field(default_factory=list)
-    _answering: set[asyncio.Task[None]] = field(default_factory=set)
+    _service: micro.Service | None = None
+    _untried: list[str] = field(default_factory=list)
     _connected: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -97,17 +102,27 @@ class Connection:
                 await self._connected.wait()
         return self.connected
 
+    def jetstream(self, timeout: float) -> JetStreamContext:
+        """JetStream's calls over the client of now, `timeout` seconds each. Raises BusAway."""
+        client = self._client
+        if client is None or not client.is_connected:
+            raise BusAway(f"no connection to NATS at {', '.join(self.servers)}")
+        return client.jetstream(timeout=timeout)
+
     async def publish(self, subject: str, message: Mapping[str, Any], *, reply: str = "") -> bool:
         """Send a message if there is a connection; whether it was handed to one is the answer."""
         return await self.publish_bytes(subject, encode(message), reply=reply)
 
     async def publish_bytes(self, subject: str, data: bytes, *, reply: str = "") -> bool:
+        return await self._send(subject, data, None, reply)
+
+    async def _send(self, subject: str, data: bytes, headers: Mapping[str, str] | None, reply: str = "") -> bool:
         client = self._client
         if client is None or not client.is_connected or client.pending_data_size > MAX_BACKLOG_BYTES:
             DROPPED.inc()
             return False
         try:
-            await client.publish(subject, data, reply=reply)
+            await client.publish(subject, data, reply=reply, headers=dict(headers) if headers else None)
         except (nats.errors.Error, OSError) as error:
             DROPPED.inc()
             log.warning("message not sent", extra=about(subject=subject, bytes=len(data), error=repr(error)))
@@ -139,30 +154,18 @@ class Connection:
 
     async def serve_parts(self, subject: str, answerer: PartsAnswerer, *, queue: str) -> None:
         """As `serve`, for answers of several messages, or of none, when another of the queue may know better."""
-        slots = asyncio.Semaphore(MAX_CONCURRENT_ANSWERS)
+        if self._service is None:
+            service = self._service = micro.Service(*self.name.split("/"))
 
-        async def answer(message: Msg) -> None:
-            try:
-                parts = await answerer(message.subject, decode(message.data, f"request {message.subject}"))
-            except Malformed as error:
-                MALFORMED.inc()
-                parts = [{"error": str(error)}]
-            except Exception as error:  # one bad request must not end the service
-                log.exception("request failed", extra=about(subject=message.subject))
-                parts = [{"error": f"unexpected error: {error!r}; see the server's log"}]
-            finally:
-                slots.release()
-            for part in parts if message.reply else ():
-                if not await self.publish(message.reply, part):
-                    break
+            async def describe(message: Msg) -> None:
+                if subjects.is_inbox(message.reply):
+                    await self.publish_bytes(message.reply, service.describe(message.subject))
 
-        async def callback(message: Msg) -> None:
-            await slots.acquire()
-            task = asyncio.create_task(answer(message))
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
-
-        await self._add(_Subscription(subject, queue, callback))
+            for control in service.control_subjects():
+                await self._add(_Subscription(control, "", describe))
+        endpoint = micro.Endpoint(subject, queue, answerer, self._send)
+        self._service.endpoints.append(endpoint)
+        await self._add(_Subscription(subject, queue, endpoint.take))
 
     async def request(self, subject: str, message: Mapping[str, Any], *, timeout: float) -> Fields:
         """Ask and give back the answer. Raises BusAway, NoAnswer, or Malformed for an answer not understood."""
@@ -216,8 +219,10 @@ class Connection:
 
     async def _keep(self) -> None:
         """Have a client, for ever."""
+        short_lives = 0
         while True:
             client, ended = await self._open()
+            begun = time.monotonic()
             try:
                 await self._watch(client, ended)
             finally:
@@ -226,13 +231,17 @@ class Connection:
                 CONNECTED.set(0)
                 await _close(client)
             log.warning("connection to NATS lost", extra=about(servers=self.servers))
+            # A server that lets us in only to throw us out must not be asked again in a hot loop.
+            short_lives = short_lives + 1 if time.monotonic() - begun < STABLE_SECONDS else 0
+            if short_lives > 1:
+                await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF, 0.1 * 2**short_lives)))  # noqa: S311 (no secret)
 
     async def _open(self) -> tuple[Client, asyncio.Event]:
         """A connected client with all subscriptions, however long it takes."""
 
         def say(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
-            fields = about(servers=self.servers, attempt=state.attempt_number, error=repr(error))
+            fields = about(servers=self.servers, attempt=state.attempt_number, error=explain(error, self.credentials))
             log.warning("cannot connect to NATS, trying again", extra=fields)
 
         async for attempt in AsyncRetrying(wait=wait_random_exponential(0.1, max=MAX_BACKOFF), before_sleep=say):
@@ -243,18 +252,25 @@ class Connection:
     async def _open_once(self) -> tuple[Client, asyncio.Event]:
         ended = asyncio.Event()
         client = Client()
+        options = dict(self.options)
 
         async def on_end() -> None:
             ended.set()
 
         async def on_error(error: Exception) -> None:
+            if "permissions violation" in str(error).lower():
+                # Its text has the subject. The client goes on: what is permitted still works.
+                log.error("NATS does not permit this to this service", extra=about(error=str(error)))
+                return
             log.warning("NATS client reports an error", extra=about(error=repr(error)))
 
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT * 3):
+                if self.credentials is not None:
+                    options["tls"] = await asyncio.to_thread(self.credentials.context)
                 # One address per client: which one is tried when is decided here, not in the client.
                 await client.connect(
-                    servers=[random.choice(self.servers)],  # noqa: S311 (spreads load, keeps no secret)
+                    servers=[self._next_server()],
                     name=self.name,
                     allow_reconnect=False,
                     connect_timeout=CONNECT_TIMEOUT,
@@ -262,8 +278,11 @@ class Connection:
                     closed_cb=on_end,
                     error_cb=on_error,
                     inbox_prefix=self.inbox_prefix,
-                    **self.options,
+                    **options,
                 )
+                if self.credentials is not None and not client._server_info.get("tls_required"):
+                    # The client believes the server's first, open words; whoever is in between could say no TLS.
+                    raise nats.errors.SecureConnRequiredError
                 for subscription in self._subscriptions:
                     await self._subscribe(client, subscription)
                 await client.flush(timeout=CHECK_TIMEOUT)
@@ -277,6 +296,12 @@ class Connection:
         for watcher in self._watchers:
             watcher()
         return client, ended
+
+    def _next_server(self) -> str:
+        """Each server once, in random order, before any is tried again: a dead one costs one attempt."""
+        if not self._untried:
+            self._untried = random.sample(self.servers, len(self.servers))
+        return self._untried.pop()
 
     async def _watch(self, client: Client, ended: asyncio.Event) -> None:
         """Return when the client has ended, or a round trip to the server fails."""
@@ -293,6 +318,22 @@ class Connection:
                 return
 
 
+def explain(error: BaseException | None, credentials: Credentials | None) -> str:
+    """Why there is no connection, and what to do where that can be said."""
+    text = str(error) or repr(error)
+    lower = text.lower()
+    who = f"the certificate {credentials.cert}" if credentials else "a client without a certificate"
+    if "authorization violation" in lower:
+        return f"{text}: NATS has no user for {who}: add it with `silkbus nats-config`, and reload the servers"
+    if "alert" in lower or isinstance(error, ssl.SSLEOFError):
+        return f"{text}: NATS refuses {who}: it must be signed by the servers' authority, for clients, and be valid now"
+    if isinstance(error, ssl.SSLCertVerificationError) and credentials:
+        return f"{text}: the server's certificate is not of {credentials.ca}, or is for another address"
+    if isinstance(error, nats.errors.SecureConnRequiredError):
+        return "the server at this address does not ask for TLS, and nats_ca is set: is it ours?"
+    return text
+
+
 async def _close(client: Client) -> None:
     # A client that is wedged must not hold up the next one; a failure to close says nothing we could act on.
     with suppress(Exception):
@@ -301,16 +342,20 @@ async def _close(client: Client) -> None:
 
 
 @asynccontextmanager
-async def connect(servers: str, *, role: str, name: str, **options: Any) -> AsyncIterator[Connection]:
+async def connect(
+    servers: str, *, role: str, name: str, credentials: Credentials | None = None, **options: Any
+) -> AsyncIterator[Connection]:
     """A connection for one service, kept while inside.
 
     `servers` is a comma-separated list of NATS URLs. `role` (policy-server, silk-controller, cell, reader) and `name`
-    make up the client's name and its inbox prefix. `options` go to nats-py (TLS, credentials).
+    make up the client's name and its inbox prefix. With `credentials`, mutual TLS is used and nothing less accepted.
+    `options` go to nats-py.
     """
     connection = Connection(
         servers=[server.strip() for server in servers.split(",") if server.strip()],
         name=f"{role}/{name}",
         inbox_prefix=subjects.inbox(role, name),
+        credentials=credentials,
         options=options,
     )
     keeper = asyncio.create_task(connection._keep())

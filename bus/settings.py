@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bus.credentials import Credentials
 from bus.decode import Malformed
 from bus.log import LEVELS
 
@@ -36,11 +37,24 @@ class ServiceSettings:
     """What every service has."""
 
     nats: str = setting("NATS servers, comma-separated", "nats://127.0.0.1:4222")
+    nats_ca: Path | None = setting("certificate of the authority that NATS servers must have, for mutual TLS", None)
+    nats_cert: Path | None = setting("this service's certificate for NATS", None)
+    nats_key: Path | None = setting("private key of nats_cert", None)
     log_level: str = setting("debug, info, warning or error", "info")
 
     def __post_init__(self) -> None:
+        given = [file is not None for file in (self.nats_ca, self.nats_cert, self.nats_key)]
+        if any(given) and not all(given):
+            raise Malformed("nats_ca, nats_cert, nats_key: set all three, for mutual TLS with NATS, or none")
         if self.log_level not in LEVELS:
             raise Malformed(f"log_level: {self.log_level!r} is not one of {', '.join(LEVELS)}")
+
+    @property
+    def nats_credentials(self) -> Credentials | None:
+        """What `bus.connection.connect` needs to be let in; None where NATS lets everybody in."""
+        if self.nats_ca is None or self.nats_cert is None or self.nats_key is None:
+            return None
+        return Credentials(self.nats_ca, self.nats_cert, self.nats_key)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

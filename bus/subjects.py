@@ -5,14 +5,16 @@
     silkbus.table.TABLE.fetch        everybody asks, one server of the queue group answers
     silkbus.lease.CELL.VERB          CELL asks, one Silk controller answers (VERB: acquire, renew, release)
     silkbus.cell.CELL.TOPIC          CELL publishes (TOPIC: state, container)
-    silkbus.event.TABLE.KIND         servers publish, on JetStream; readers read
+    silkbus.event.TABLE.KIND         servers publish, on JetStream; readers read (KIND: two tokens, as policy.added)
+    _INBOX.ROLE.NAME.>               what answers NAME; nobody else listens there
 
-A cell may publish only under its own name; who answers it does so in its inbox, whose prefix is its own.
+A cell may publish only under its own name; who answers it does so in its inbox. bus/permissions.py says it to NATS.
 """
 
 from bus.messages import CellName
 
 ROOT = "silkbus"
+INBOX = "_INBOX"
 
 
 def table_change(table: str) -> str:
@@ -37,9 +39,20 @@ def cell(name: CellName | str, topic: str) -> str:
 
 
 def event(table: str, kind: str) -> str:
+    """Where events of a table are published; `>` as the kind is all of them, which its stream takes in."""
     return f"{ROOT}.event.{table}.{kind}"
+
+
+def event_stream(table: str) -> str:
+    """The name of the JetStream stream of a table's events."""
+    return f"{ROOT}_{table}".upper()
 
 
 def inbox(role: str, name: str) -> str:
     """The inbox prefix of one client: nobody else may listen there."""
-    return f"_INBOX_{role}_{name}"
+    return f"{INBOX}.{role}.{name}"
+
+
+def is_inbox(subject: str) -> bool:
+    """Whether it is somebody's inbox: the only place to which an answer may go."""
+    return subject.startswith(f"{INBOX}.")
