@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_fixed
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from cli.errors import Failed
 
@@ -101,7 +101,7 @@ class Client:
                 retry=retry_if_exception_type(ConnectionRefusedError),
                 stop=stop_after_attempt(2),
                 wait=wait_fixed(REFUSED_PAUSE),
-                before_sleep=before_sleep_log(log, logging.WARNING),
+                before_sleep=lambda _: log.warning("%s refused the connection, trying once more", self.api),
                 reraise=True,
             )
             again(connection.connect)

@@ -15,7 +15,7 @@ from sqlalchemy.schema import CreateIndex
 from bus.ledger import Step
 from bus.messages import MAX_APP_ID
 
-_EXACT: dict[str, Any] = {"mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+_EXACT: dict[str, Any] = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
 
 metadata = MetaData()
 

@@ -1,0 +1,89 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.policy.server import ADMIN_TOKEN, DELETE, POLICIES, PolicyServer
+
+WRONG_TOKEN = {"SILKBUS_TOKEN": "wrong"}
+PROGRAM = Path(sys.executable).with_name("silkbus")
+APPS = [
+    {"guid": "guid-front", "name": "front", "space": "dev", "org": "acme"},
+    {"guid": "guid-back", "name": "back", "space": "dev", "org": "acme"},
+    {"guid": "guid-db", "name": "db", "space": "prod", "org": "acme"},
+    {"guid": "guid-web-1", "name": "web", "space": "dev", "org": "acme"},
+    {"guid": "guid-web-2", "name": "web", "space": "prod", "org": "acme"},
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def standing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
+    server = PolicyServer(tmp_path_factory.mktemp("policy"))
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home folder with nothing in it, and a directory of apps beside it."""
+    (tmp_path / "apps.json").write_text(json.dumps({"apps": APPS}))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def bare(home: Path) -> Run:
+    """Runs silkbus with no configuration but the environment given."""
+
+    def run(*arguments: str, **environment: str) -> Result:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SILKBUS_", "XDG_"))}
+        done = subprocess.run(
+            [PROGRAM, *arguments],
+            env={**kept, "HOME": str(home), **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def environment(home: Path, standing_server: PolicyServer) -> dict[str, str]:
+    """Where a server without policies is, and the directory of apps."""
+    with standing_server.client() as client:
+        if policies := client.get(POLICIES).json()["policies"]:
+            client.post(DELETE, json={"policies": policies}).raise_for_status()
+    return {
+        "SILKBUS_API": standing_server.url,
+        "SILKBUS_TOKEN": ADMIN_TOKEN,
+        "SILKBUS_DIRECTORY": str(home.parent / "apps.json"),
+    }
+
+
+@pytest.fixture
+def silkbus(bare: Run, environment: dict[str, str]) -> Run:
+    """Runs silkbus against the server."""
+
+    def run(*arguments: str, **more: str) -> Result:
+        return bare(*arguments, **{**environment, **more})
+
+    return run
