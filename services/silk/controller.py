@@ -119,3 +119,7 @@ def main() -> None:
     )
     setup("silk-controller", settings.log_level)
     run(lambda: control(settings))
+
+
+if __name__ == "__main__":
+    main()

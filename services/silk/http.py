@@ -61,7 +61,8 @@ def _answered(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[R
             return await endpoint(request)
         except tuple(_STATUS) as error:
             status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
-            log.warning("request refused", extra=about(request=request.url.path, status=status, error=str(error)))
+            level = logging.DEBUG if request.method == "GET" else logging.WARNING
+            log.log(level, "request refused", extra=about(request=request.url.path, status=status, error=str(error)))
             return JSONResponse({"error": str(error)}, status_code=status)
 
     return answer

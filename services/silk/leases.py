@@ -101,7 +101,7 @@ class LeaseStore:
         async def work(change: Change) -> None:
             if await self._of(change.database, lease.cell) == lease:
                 await self._remove(change, lease)
-                change.event("lease.released", lease.encode())
+                change.event("lease.released", lease_key(lease.subnet), lease.encode())
 
         return await self._ledger.change(work, actor=lease.cell)
 
@@ -136,7 +136,7 @@ class LeaseStore:
             {**lease.encode(), "cell": str(cell)},
         )
         change.put(lease_key(subnet), lease.encode())
-        change.event("lease.acquired", lease.encode())
+        change.event("lease.acquired", lease_key(lease.subnet), lease.encode())
         return lease
 
     async def _free(self, change: Change) -> IPv4Network:
@@ -172,7 +172,7 @@ class LeaseStore:
         lease = _lease(row)
         log.warning("an expired lease is given away", extra=about(subnet=str(lease.subnet), cell=lease.cell))
         await self._remove(change, lease)
-        change.event("lease.expired", lease.encode())
+        change.event("lease.expired", lease_key(lease.subnet), lease.encode())
         return lease.subnet
 
     async def _remove(self, change: Change, lease: Lease) -> None:

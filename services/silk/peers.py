@@ -85,11 +85,10 @@ class Peers:
 
     def sweep(self, wanted: Entries, *, delete: bool = True) -> Result:
         """Read what the kernel has and make it what is wanted."""
-        self._actual = self._read()
-        result = self.apply(wanted, delete=delete)
-        if result.changed:
-            log.warning("overlay entries had drifted and are repaired", extra=about(changed=result.changed))
-        return result
+        believed, self._actual = self._actual, self._read()
+        if believed != self._actual:
+            log.warning("overlay entries had drifted: somebody else changed them", extra=about(device=self._index))
+        return self.apply(wanted, delete=delete)
 
     def apply(self, wanted: Entries, *, delete: bool = True) -> Result:
         """Carry out the difference to what is there. Without `delete` nothing is removed, only added and changed."""

@@ -36,3 +36,7 @@ def main() -> None:
     )
     setup("silk-worker", settings.log_level, cell=settings.cell)
     run(lambda: work(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -134,6 +134,7 @@ def namespaces() -> Iterator[Namespaces]:
 def make_cell(namespaces: Namespaces, tmp_path: Path) -> Callable[[int], TestCell]:
     """Makes cell NUMBER, at underlay address 10.77.0.NUMBER, with subnet 10.255.NUMBER.0/24."""
     hub = namespaces.make("hub")
+    sh("ip", "-n", hub, "link", "set", "lo", "up")
     sh("ip", "-n", hub, "link", "add", "underlay", "type", "bridge")
     sh("ip", "-n", hub, "link", "set", "underlay", "up")
 
