@@ -11,12 +11,10 @@ The calls for one handle run one after the other; those for different handles at
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Set
 from dataclasses import replace
 from ipaddress import IPv4Network
 from typing import Any
-from weakref import WeakValueDictionary
 
 from bus.decode import Fields, Malformed
 from bus.failpoints import failpoint
@@ -26,29 +24,15 @@ from bus.messages import Container, Handle, Stage
 from bus.process import KernelThread
 from bus.records import Records
 from services.networker import namespaces
+from services.networker.errors import Conflict, Failed, NotAttached, Unavailable
 from services.networker.record import Attachment, Link
+from services.networker.turns import Turns
 
 log = logging.getLogger(__name__)
 
 # The shim waits 60 s: waiting for our turn, a whole attachment and its undoing must fit.
 TURN_TIMEOUT = 10.0
 UNDO_TIMEOUT = 8.0
-
-
-class Unavailable(Exception):
-    """A part of the cell does not answer or is not ready. Trying the same again later may succeed."""
-
-
-class Failed(Exception):
-    """A part of the cell refused, or answered what cannot be understood. Trying again will not help by itself."""
-
-
-class Conflict(Exception):
-    """What is asked contradicts what is: the namespace is none, or the handle is attached in another way."""
-
-
-class NotAttached(Exception):
-    """There is no attachment of this handle, or it is not what it was answered to be."""
 
 
 class Attachments:
@@ -70,7 +54,7 @@ class Attachments:
         self._disk = disk
         self._attach_timeout = attach_timeout
         self._admit_timeout = admit_timeout
-        self._turns: WeakValueDictionary[Handle, asyncio.Lock] = WeakValueDictionary()
+        self._turns = Turns(TURN_TIMEOUT)
         self.leftover: Callable[[Handle], None] = lambda _: None
 
     async def all(self) -> list[Container]:
@@ -81,7 +65,7 @@ class Attachments:
 
         Raises Unavailable, Failed, Conflict or OSError (the record cannot be written); nothing is left then.
         """
-        async with self._turn(wanted.handle):
+        async with self._turns.of(wanted.handle):
             try:
                 existing = await self._disk.run(self._records.get, wanted.handle)
             except Malformed as error:
@@ -100,7 +84,7 @@ class Attachments:
         Without a record the enforcer and silk are asked all the same: the record may have been lost. Raises
         Unavailable or Failed, and then the record is still there.
         """
-        async with self._turn(handle):
+        async with self._turns.of(handle):
             try:
                 record = await self._disk.run(self._records.get, handle)
             except Malformed as error:
@@ -114,7 +98,7 @@ class Attachments:
 
     async def discard_leftover(self, handle: Handle) -> bool:
         """Take a container apart if it was left half attached or its namespace is gone; whether it was."""
-        async with self._turn(handle):
+        async with self._turns.of(handle):
             record = await self._disk.run(self._records.get, handle)
             # While this turn is ours nothing is being attached, so a record saying so is a leftover.
             if record is None or not await self._disk.run(is_leftover, record):
@@ -122,12 +106,32 @@ class Attachments:
             await self._take_apart(handle, record)
             return True
 
+    async def keep_only(self, network: str, valid: Set[tuple[str, str]]) -> None:
+        """Remove the ready containers of `network` whose (handle, ifname) is not among `valid`; others are not touched.
+
+        One that cannot be removed does not keep the others; raises the last one's Unavailable or Failed then.
+        """
+        problem: Exception | None = None
+        for record in await self.all():
+            ours = _attachment(record)
+            if record.stage is not Stage.READY or ours is None or ours.network != network:
+                continue
+            if (ours.handle, ours.ifname) in valid:
+                continue
+            try:
+                await self.remove(ours.handle, ours.netns, ours.ifname)
+            except (Unavailable, Failed) as error:
+                log.warning("not removed", extra=about(handle=ours.handle, error=str(error)))
+                problem = error
+        if problem is not None:
+            raise problem
+
     async def check(self, expected: Attachment) -> Attachment:
         """Make sure that a container is attached as `expected` says and give back its attachment.
 
         Raises NotAttached, Conflict, or Unavailable if silk or the enforcer cannot vouch for it.
         """
-        async with self._turn(expected.handle):
+        async with self._turns.of(expected.handle):
             record = await self._disk.run(self._records.get, expected.handle)
             if record is None or record.stage is not Stage.READY:
                 raise NotAttached(f"container {expected.handle} is not attached")
@@ -155,7 +159,7 @@ class Attachments:
         handle = wanted.handle
         try:
             undo.append(lambda: self._delete(handle))
-            await self._disk.run(self._records.put, wanted.record(Stage.ATTACHING))
+            await self._put(wanted, Stage.ATTACHING)
             failpoint("networker.after-record")
 
             undo.append(lambda: self._detach(handle, wanted.netns, wanted.ifname, None, UNDO_TIMEOUT))
@@ -164,6 +168,7 @@ class Attachments:
             failpoint("networker.after-attach")
 
             undo.append(lambda: self._forget(handle, UNDO_TIMEOUT))
+            undo.append(lambda: self._put(attachment, Stage.ATTACHING))  # what we refuse must not be found ready
             await self._make_ready(attachment)
         except Exception as error:
             log.warning("attaching failed, undoing it", extra=about(handle=handle, error=repr(error)))
@@ -186,12 +191,11 @@ class Attachments:
             async with asyncio.timeout(self._admit_timeout):
                 instance = await self._admit(attachment.record(Stage.ATTACHING))
                 failpoint("networker.after-admit")
-                ready = attachment.record(Stage.READY)
-                await self._disk.run(self._records.put, ready)
+                await self._put(attachment, Stage.READY)
                 failpoint("networker.after-ready")
                 while await self._instance() != instance:
-                    log.info("the enforcer was restarted, admitting again", extra=about(handle=ready.handle))
-                    instance = await self._admit(ready)
+                    log.info("the enforcer was restarted, admitting again", extra=about(handle=attachment.handle))
+                    instance = await self._admit(attachment.record(Stage.READY))
         except TimeoutError:
             raise Unavailable(f"the enforcer did not admit within {self._admit_timeout:g} s") from None
 
@@ -234,6 +238,9 @@ class Attachments:
         body = {"handle": handle, "netns": netns, "ifname": ifname, "address": address}
         await self._call(self._silk, "POST", "/detach", body, timeout)
 
+    async def _put(self, attachment: Attachment, stage: Stage) -> None:
+        await self._disk.run(self._records.put, attachment.record(stage))
+
     async def _delete(self, handle: Handle) -> None:
         await self._disk.run(self._records.delete, handle)
 
@@ -247,19 +254,6 @@ class Attachments:
             kind = Unavailable if error.status == 503 else Failed
             raise kind(f"{service.name}: {error}") from None
 
-    @asynccontextmanager
-    async def _turn(self, handle: Handle) -> AsyncIterator[None]:
-        turn = self._turns.setdefault(handle, asyncio.Lock())
-        try:
-            async with asyncio.timeout(TURN_TIMEOUT):
-                await turn.acquire()
-        except TimeoutError:
-            raise Unavailable(f"another call for container {handle} is still at work: try again") from None
-        try:
-            yield
-        finally:
-            turn.release()
-
 
 def is_leftover(record: Container) -> bool:
     """Whether nobody can be using this container: it was never answered, or its namespace is gone. May block."""
@@ -272,11 +266,16 @@ def is_leftover(record: Container) -> bool:
         return False
 
 
-def _ifname(record: Container) -> str | None:
+def _attachment(record: Container) -> Attachment | None:
     try:
-        return Attachment.of(record).ifname
+        return Attachment.of(record)
     except Malformed:
         return None
+
+
+def _ifname(record: Container) -> str | None:
+    attachment = _attachment(record)
+    return None if attachment is None else attachment.ifname
 
 
 def _same(found: Attachment, wanted: Attachment) -> Attachment:

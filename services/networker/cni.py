@@ -35,6 +35,7 @@ _NEEDS = {
     "CHECK": ("container_id", "netns", "ifname", "path"),
     "DEL": ("container_id", "ifname", "path"),
     "STATUS": ("path",),
+    "GC": ("path",),
 }
 _VARIABLES = {"container_id": "CNI_CONTAINERID", "netns": "CNI_NETNS", "ifname": "CNI_IFNAME", "path": "CNI_PATH"}
 
@@ -55,7 +56,7 @@ class CniError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call of the plugin, checked. STATUS has no handle, netns or ifname: they are empty."""
+    """One call of the plugin, checked. STATUS and GC have no handle, netns or ifname: they are empty."""
 
     command: str
     handle: Handle
@@ -77,6 +78,15 @@ class Request:
         except Malformed as error:
             raise CniError(INVALID_CONFIG, str(error), version=self.version) from None
         return Attachment(self.handle, self.netns, self.ifname, str(self.config["name"]), app, metadata)
+
+    def valid_attachments(self) -> set[tuple[str, str]]:
+        """What GC is to keep: (container id, interface name). Raises CniError; a missing list is not an empty one."""
+        pairs = self.config.get("cni.dev/valid-attachments")
+        try:
+            return {(pair["containerID"], pair["ifname"]) for pair in pairs}  # type: ignore[union-attr]
+        except (TypeError, KeyError):
+            text = "cni.dev/valid-attachments: must be a list of objects with containerID and ifname"
+            raise CniError(INVALID_CONFIG, text, version=self.version) from None
 
 
 def parse(call: Fields) -> Request:

@@ -11,8 +11,9 @@ from bus.decode import Malformed
 from bus.local import json_body
 from bus.log import about
 from services.networker import cni
-from services.networker.attachments import Attachments, Conflict, Failed, NotAttached, Unavailable
+from services.networker.attachments import Attachments
 from services.networker.cni import CniError, Request
+from services.networker.errors import Conflict, Failed, NotAttached, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class CniDoor:
                     await self._check(request)
                 case "STATUS":
                     await self._status(request)
+                case "GC":
+                    await self._attachments.keep_only(str(request.config["name"]), request.valid_attachments())
             return ""
         except CniError:
             raise

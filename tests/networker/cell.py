@@ -232,7 +232,8 @@ class Cell:
         return code
 
     def client(self) -> httpx.Client:
-        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://networker")
+        transport = httpx.HTTPTransport(uds=str(self.socket), verify=False)
+        return httpx.Client(transport=transport, base_url="http://networker")
 
     def get(self, target: str) -> httpx.Response:
         with self.client() as client:

@@ -104,6 +104,15 @@ def test_version_error_says_what_is_supported() -> None:
     assert error.details == 'config is "0.2.0", plugin supports [0.3.1, 0.4.0, 1.0.0, 1.1.0]'
 
 
+@pytest.mark.parametrize("value", [None, 7, {"a": 1}, [7], [{}], [{"containerID": [], "ifname": "x"}]])
+def test_gc_needs_a_list(value: object) -> None:
+    request = parse(
+        command="GC", container_id="", netns="", ifname="", config=config(**{"cni.dev/valid-attachments": value})
+    )
+    with pytest.raises(CniError, match="valid-attachments"):
+        request.valid_attachments()
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -149,10 +149,13 @@ def test_an_unreadable_record(running: Cell) -> None:
     assert running.is_clean()
 
 
-def test_undo_that_fails_is_left_for_the_sweep(running: Cell) -> None:
-    running.neighbours.refuse = {"/admit": (503, "starting"), "/forget": (503, "starting")}
+@pytest.mark.parametrize("target", ["/admit", "/state"])
+def test_undo_that_fails_is_left_for_the_sweep(running: Cell, target: str) -> None:
+    running.neighbours.refuse = {target: (503, "starting"), "/forget": (503, "starting")}
     assert running.cni("ADD")[1]["code"] == 11
-    assert running.records.get(Handle("c1")) is not None
+    record = running.records.get(Handle("c1"))
+    assert record is not None
+    assert record.stage == "attaching"
     running.neighbours.refuse.clear()
     eventually("the sweep took it apart", running.is_clean)
 
@@ -251,6 +254,23 @@ def test_status(running: Cell) -> None:
     running.neighbours.refuse["/"] = (503, "no lease")
     code, error = running.cni("STATUS", "", netns="", ifname="")
     assert (code, error["code"]) == (1, 50)
+
+
+def test_gc_removes_what_is_not_valid_in_its_network(running: Cell) -> None:
+    for handle in ("c1", "c2", "c3"):
+        running.cni("ADD", handle)
+    running.cni("ADD", "c4", config={"name": "other"})
+    empty: dict[str, str] = {"netns": "", "ifname": ""}
+    assert running.cni("GC", "", **empty)[1]["code"] == 7
+    running.neighbours.refuse["/detach"] = (503, "starting")
+    valid = {
+        "cni.dev/valid-attachments": [{"containerID": "c2", "ifname": "eth0"}, {"containerID": "c3", "ifname": "x"}]
+    }
+    assert running.cni("GC", "", config=valid, **empty)[1]["code"] == 11
+    running.neighbours.refuse.clear()
+    assert running.cni("GC", "", config=valid, **empty) == (0, {})
+    assert set(running.neighbours.attached) == {"c2", "c4"}
+    assert running.agrees()
 
 
 def test_add_must_be_first_in_its_chain(running: Cell) -> None:
