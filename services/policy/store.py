@@ -129,7 +129,7 @@ class Store:
         for source, destination in _by_pair(new):
             change.put(policy_key(destination, source), [item.encode() for item in sorted(ports[source, destination])])
         for policy in new:
-            change.event("policy.added", _event(policy))
+            change.event("policy.added", policy_key(policy.destination, policy.source), _event(policy))
         failpoint("policy.before-commit")
 
     async def _delete(self, change: Change, requested: Sequence[Policy]) -> None:
@@ -155,7 +155,7 @@ class Store:
         for app in unused:
             change.delete(tag_key(app))
         for policy in gone:
-            change.event("policy.removed", _event(policy))
+            change.event("policy.removed", policy_key(policy.destination, policy.source), _event(policy))
         failpoint("policy.before-commit")
 
 

@@ -61,7 +61,7 @@ class Notes:
                     continue
                 await change.database.execute("INSERT INTO note VALUES (:n, :t)", {"n": name, "t": text})
                 change.put((name,), text)
-                change.event("note.written", {"name": name})
+                change.event("note.written", (name,), {"name": name})
             return change.revision
 
         return await self.ledger.change(work, actor="test", request_id=request_id)
