@@ -1,7 +1,6 @@
 """Policies and tags against a plain model, on a real database, with transactions that are made to run twice."""
 
 import asyncio
-import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -26,7 +25,7 @@ TAGS = 4
 
 
 class FailingOnce(Ledger):
-    """A ledger on a database that, when told so, is busy at the first commit, after all statements ran."""
+    """A ledger whose database, when told so, goes away once after all statements ran, before the commit."""
 
     fail_next = False
 
@@ -37,7 +36,7 @@ class FailingOnce(Ledger):
             result = await work(change)
             if self.fail_next:
                 self.fail_next = False
-                raise sqlite3.OperationalError("database is locked")
+                raise ConnectionResetError("the database went away")
             return result
 
         return await super().change(flaky, actor=actor, request_id=request_id)
