@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import resource
+import select
 import selectors
 import socket
 import struct
@@ -159,7 +160,7 @@ class Watch:
 
     def __init__(self, interval: float, timeout: float, targets: list[Target]) -> None:
         self.interval, self.timeout, self.targets = interval, timeout, targets
-        self.selector = selectors.DefaultSelector()
+        self.selector = selectors.EpollSelector()
         self.open: list[deque[Attempt]] = [deque() for _ in targets]
         self.verdicts: list[str | None] = [None for _ in targets]
         self.counts: list[dict[str, int]] = [{} for _ in targets]
@@ -183,9 +184,9 @@ class Watch:
                 for number in range(len(self.targets)):
                     self.begin(number)
                 due = max(due + self.interval, now)
-            # epoll waits in whole milliseconds, rounded up: for less than one, ask again at once.
-            left = due - time.monotonic()
-            for key, _ in self.selector.select(0.05 if stopping else left if left > 0.001 else 0):
+            # epoll itself waits in whole milliseconds; select(2) on it waits as short as is due.
+            select.select([self.selector.fileno()], [], [], 0.05 if stopping else max(due - time.monotonic(), 0))
+            for key, _ in self.selector.select(0):
                 if key.fileobj is sys.stdin:
                     stopping = True
                     self.selector.unregister(sys.stdin)
@@ -263,7 +264,8 @@ def main(arguments: list[str]) -> None:
             connect(float(timeout), [parse_target(text) for text in targets])
         case ["watch", interval, timeout, *targets] if targets:
             with contextlib.suppress(PermissionError):
-                os.nice(-10)  # it measures times, so it should not wait for what it measures
+                # It measures times, so it must not wait for the processor behind what it measures.
+                os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
             Watch(float(interval), float(timeout), [parse_target(text) for text in targets]).run()
         case _:
             sys.exit(__doc__)
