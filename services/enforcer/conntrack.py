@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
+from services.enforcer.rules import TAG_MASK
+
 _NETLINK_NETFILTER = 12
 _CTNETLINK = 1 << 8
 _NEW, _GET, _DELETE = _CTNETLINK | 0, _CTNETLINK | 1, _CTNETLINK | 2
@@ -61,18 +63,16 @@ class Conntrack:
     def close(self) -> None:
         self._socket.close()
 
-    def flows(self) -> Iterator[Flow]:
-        """All IPv4 entries."""
-        return self._dump(b"")
+    def flows(self, tag: int | None = None) -> Iterator[Flow]:
+        """All IPv4 entries, or those with this tag in the low 16 bits of the mark."""
+        return self._dump(b"" if tag is None else _tagged(tag))
 
     def flows_to(self, address: IPv4Address, tag: int | None = None) -> Iterator[Flow]:
         """Entries opened to this address, with this tag in the low 16 bits of the mark."""
-        marked = b""
-        if tag is not None:
-            marked = _attribute(_MARK, struct.pack("!I", tag)) + _attribute(_MARK_MASK, struct.pack("!I", 0xFFFF))
+        marked = b"" if tag is None else _tagged(tag)
         found = self._dump(_tuple(_TUPLE_ORIG, _V4_DST, address) + marked + _filter(_ORIG_FLAGS, _FLAG_DST))
         # A kernel older than 5.8 does not filter, so what it gives is looked at again.
-        return (f for f in found if f.destination == address and (tag is None or f.mark & 0xFFFF == tag))
+        return (f for f in found if f.destination == address and (tag is None or f.mark & TAG_MASK == tag))
 
     def mark(self, flow: Flow, value: int, mask: int) -> bool:
         """Set these bits of the flow's mark; False if it is gone."""
@@ -140,6 +140,10 @@ def _attribute(kind: int, payload: bytes) -> bytes:
 
 def _tuple(which: int, side: int, address: IPv4Address) -> bytes:
     return _attribute(which | _NESTED, _attribute(_TUPLE_IP | _NESTED, _attribute(side, address.packed)))
+
+
+def _tagged(tag: int) -> bytes:
+    return _attribute(_MARK, struct.pack("!I", tag)) + _attribute(_MARK_MASK, struct.pack("!I", TAG_MASK))
 
 
 def _filter(which: int, flag: int) -> bytes:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from bus.failpoints import failpoint
 from bus.log import about
-from services.enforcer.conntrack import Conntrack
 from services.enforcer.desired import PEER_SET, TAG_SET, Plan, family_of, fence, static_v6
-from services.enforcer.flows import Swept, sweep
+from services.enforcer.flows import Flows, Swept
 from services.enforcer.generation import nft_generation
 from services.enforcer.iptables import Edit, Family, Iptables, detect, difference, loaded
 from services.enforcer.rules import ChainId, Chains
@@ -52,7 +51,7 @@ class Dataplane:
         self._v4 = Iptables(self.kind)
         # A kernel without IPv6 has no such tables either, nor anything to refuse.
         self._v6 = Iptables(self.kind, "ip6") if Path("/proc/thread-self/net/if_inet6").exists() else None
-        self._conntrack = Conntrack()
+        self._flows = Flows()
         self.refresh()
         missing = {
             chain: rules
@@ -91,13 +90,9 @@ class Dataplane:
         members = self._apply_sets(plan)
         chains = self._write(plan.chains)
         self._note_unwanted(plan)
-        swept = Swept()
-        if plan.flows:
-            first = sweep(self._conntrack, plan.flows)
-            second = sweep(self._conntrack, plan.flows)
-            swept = Swept(first.cut + second.cut, first.revived + second.revived)
+        swept = self._flows.sweep(plan.flows)
         for address in plan.released:
-            self._conntrack.forget(address)
+            self._flows.forget(address)
         if chains or plan.flows or plan.released:
             failpoint("enforcer.after-cut")
         return Applied(chains, members, swept, time.monotonic() - began)

@@ -49,11 +49,16 @@ _LOCAL = "-m addrtype --dst-type LOCAL"
 
 @dataclass(frozen=True, slots=True)
 class FlowCheck:
-    """Flows to `address` are to be held against `sources`: those with these tags, or all of them (None)."""
+    """Flows to `address` are to be held against `sources`.
+
+    Those whose tag `lost` something may have to be cut (None: any tag may have), of those whose tag only `gained`
+    some may be revived.
+    """
 
     address: IPv4Address
     sources: Sources
-    tags: frozenset[Tag] | None
+    lost: frozenset[Tag] | None
+    gained: frozenset[Tag] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +100,13 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
     if groups or everything:
         chains |= dispatch(set(model.groups()))
     # An address with another container: all its flows. An app whose policies changed: those with the tags concerned.
-    checks: dict[IPv4Address, frozenset[Tag] | None] = dict.fromkeys(addresses)
-    for app, tags in touched.apps.items():
-        for address in model.addresses_of(app) - addresses if tags else ():
-            checks[address] = frozenset(tags)
+    flows = [FlowCheck(a, _sources_of(model, model.app_at(a)), None) for a in addresses & model.addresses()]
+    for app, changed in touched.apps.items():
+        lost = frozenset(tag for tag, less in changed.items() if less)
+        flows += [
+            FlowCheck(address, sources[app], lost, frozenset(changed) - lost)
+            for address in (model.addresses_of(app) - addresses if changed and app in sources else ())
+        ]
     return Plan(
         revision=model.revision,
         complete=everything,
@@ -106,12 +114,7 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
         families=families,
         tags={address: model.tag_at(address) for address in addresses},
         peers=model.peers() if everything or touched.peers else None,
-        flows=tuple(
-            FlowCheck(address, sources[app] if app in sources else _sources_of(model, app), tags)
-            for address, tags in checks.items()
-            if address in model.addresses()
-            for app in (model.app_at(address),)
-        ),
+        flows=tuple(flows),
         released=frozenset(touched.released),
     )
 

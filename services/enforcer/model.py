@@ -26,8 +26,8 @@ class Touched:
     """What may look different since the last apply."""
 
     everything: bool = False
-    apps: dict[AppId, set[Tag]] = field(default_factory=lambda: defaultdict(set))
-    """Apps on this cell whose chains change, and the source tags by which."""
+    apps: dict[AppId, dict[Tag, bool]] = field(default_factory=lambda: defaultdict(dict))
+    """Apps on this cell whose chains change, and the source tags by which: True if a port was taken away."""
     groups: set[IPv4Network] = field(default_factory=set)
     addresses: set[IPv4Address] = field(default_factory=set)
     """Addresses whose own tag, or whose container, changes."""
@@ -89,7 +89,7 @@ class Model:
         self.touched.released.discard(container.address)
         if container.app is not None:
             self._instances[container.app].add(container.handle)
-            self._touch_app(container.app, ())
+            self._touch_app(container.app, {})
         self._touch_address(container.address)
 
     def forget(self, handle: Handle) -> None:
@@ -106,7 +106,7 @@ class Model:
                 del self._groups[group_of(address)]
             self.touched.released.add(address)
         if container.app is not None:
-            self._touch_app(container.app, ())
+            self._touch_app(container.app, {})
             self._instances[container.app].discard(handle)
             if not self._instances[container.app]:
                 del self._instances[container.app]
@@ -117,6 +117,7 @@ class Model:
         return touched
 
     def _policy(self, destination: AppId, source: AppId, ports: tuple[Ports, ...] | None) -> None:
+        lost = set(self._policies[destination].get(source, ())) - set(ports or ())
         if ports is None:
             self._policies[destination].pop(source, None)
             self._destinations[source].discard(destination)
@@ -128,7 +129,7 @@ class Model:
             self._policies[destination][source] = ports
             self._destinations[source].add(destination)
         tag = self._tags.get(source)
-        self._touch_app(destination, () if tag is None else (tag,))
+        self._touch_app(destination, {} if tag is None else {tag: bool(lost)})
 
     def _tag(self, app: AppId, tag: Tag | None) -> None:
         old = self._tags.get(app)
@@ -137,15 +138,17 @@ class Model:
         else:
             self._tags[app] = tag
         for destination in self._destinations.get(app, ()):
-            self._touch_app(destination, [t for t in (old, tag) if t is not None])
+            self._touch_app(destination, {t: t == old for t in (tag, old) if t is not None})
         for handle in self._instances.get(app, ()):
             address = self.containers[handle].address
             if address is not None:
                 self._touch_address(address)
 
-    def _touch_app(self, app: AppId, tags: "list[Tag] | tuple[Tag, ...]") -> None:
+    def _touch_app(self, app: AppId, tags: Mapping[Tag, bool]) -> None:
         if app in self._instances:
-            self.touched.apps[app].update(tags)
+            changed = self.touched.apps[app]
+            for tag, lost in tags.items():
+                changed[tag] = changed.get(tag, False) or lost
 
     def _touch_address(self, address: IPv4Address) -> None:
         self.touched.addresses.add(address)

@@ -98,5 +98,6 @@ def test_every_flow_that_may_have_lost_its_policy_is_checked(
         for tag in sources.keys() | has.keys():
             if sources.get(tag) != has.get(tag):
                 check = checks[address]
-                assert check.tags is None or tag in check.tags
+                lost = set(sources.get(tag, ())) - set(has.get(tag, ()))
+                assert check.lost is None or tag in (check.lost if lost else check.lost | check.gained)
                 assert check.sources == has

@@ -105,7 +105,12 @@ class Box(Namespace):
             f"route add default via 169.254.0.1 dev eth0 src {self.address}",
         )
         self.container = Container(
-            Handle(self.name), "", Stage.READY, None if app is None else AppId(app), self.address, link
+            Handle(self.name),
+            f"/run/netns/{self.name}",
+            Stage.READY,
+            None if app is None else AppId(app),
+            self.address,
+            link,
         )
         self.link = link
 
