@@ -4,8 +4,8 @@ All methods block, and belong to the worker's one kernel thread, so no two attac
 is why a link without an alias can only be one that a crash left.
 """
 
+import errno
 import logging
-import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -18,7 +18,7 @@ from bus.records import Records
 from services.silk.addresses import AddressPool, RecordedAddresses, usable
 from services.silk.links import GATEWAY, ContainerLink, Links, container_mac, host_interface, host_mac, is_attached
 from services.silk.namespace import Namespace, opened
-from services.silk.netlink import Netlink
+from services.silk.netlink import Netlink, NetlinkError
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +85,15 @@ class Attachments:
             keep = self._existing(links, handle, namespace, interface, self._pool.subnet)
             if isinstance(keep, Attachment):
                 return keep
-            _refuse_taken(namespace, interface)
             address = self._choose(self._pool, handle, keep, [link for link in links if link.handle != handle])
             failpoint("silk.attach.after-address")
-            self._links.create(handle, address, namespace, interface, self._mtu)
+            try:
+                self._links.create(handle, address, namespace, interface, self._mtu)
+            except NetlinkError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+                # It is the container's end: that nobody has the name of the host's was just seen.
+                raise Conflict(f"{netns} already has an interface {interface!r} that is not ours: {error}") from None
         log.info("attached", extra=about(handle=handle, address=str(address), netns=netns))
         return Attachment(address, self._mtu)
 
@@ -150,17 +155,3 @@ class Attachments:
             if own is not None and own not in in_use and own in set(usable(pool.subnet)):
                 return own
         return pool.choose(in_use)
-
-
-def _refuse_taken(namespace: Namespace, interface: str) -> None:
-    """Refuse a namespace that has such an interface already: it is somebody else's."""
-
-    def look() -> bool:
-        try:
-            socket.if_nametoindex(interface)
-        except OSError:
-            return False
-        return True
-
-    if namespace.run(look):
-        raise Conflict(f"network namespace {namespace.path} already has an interface {interface!r} that is not ours")

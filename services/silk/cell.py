@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL = 60.0
 FENCE_CHECK_INTERVAL = 1.0
-MAX_BACKOFF = 15.0
+MAX_BACKOFF = 5.0
 
 LEASE_SECONDS = Gauge("silkbus_silk_lease_seconds", "Seconds until this cell fences itself unless it renews its lease")
 PEERS = Gauge("silkbus_silk_peers", "Other cells that the overlay leads to")

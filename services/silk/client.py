@@ -43,6 +43,7 @@ class LeaseClient:
         return Tenure(tenure.lease, sent, answer.number("expires_in"))
 
     async def _ask(self, verb: str, message: dict[str, object]) -> Fields:
+        await self.connection.wait_connected(TIMEOUT)
         answer = await self.connection.request(subjects.lease(self.cell, verb), message, timeout=TIMEOUT)
         if "error" in answer:
             error = answer.text("error")

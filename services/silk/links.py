@@ -26,7 +26,6 @@ from services.silk.rtnetlink import (
     addresses,
     create_veth,
     delete_link,
-    is_veth,
     mac_text,
     read_address,
     read_link,
@@ -138,7 +137,7 @@ def is_attached(host: ContainerLink, namespace: Namespace, interface: str) -> bo
 
 
 def _veths(netlink: Netlink) -> list[Link]:
-    return [read_link(header, values) for header, values in netlink.dump(*veths()) if is_veth(values)]
+    return [read_link(header, values) for header, values in netlink.dump(*veths())]
 
 
 def _set_up(netlink: Netlink, index: int, name: str, local: IPv4Address, peer: IPv4Address, peer_mac: str) -> None:

@@ -5,6 +5,7 @@ Opening sockets and writing under /proc/sys/net there concern that namespace, as
 """
 
 import ctypes
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Generic, TypeVar
 
 R = TypeVar("R")
 _CLONE_NEWNET = 0x40000000
+_NS_GET_NSTYPE = 0xB703  # ioctl_ns(2)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -47,9 +49,18 @@ def opened(path: str) -> Iterator[Namespace]:
     except (OSError, ValueError) as error:
         raise NamespaceError(f"network namespace {path!r} cannot be opened: {error}") from None
     try:
+        if not _is_network_namespace(descriptor):
+            raise NamespaceError(f"{path!r} is not a network namespace")
         yield Namespace(path, descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_network_namespace(descriptor: int) -> bool:
+    try:
+        return fcntl.ioctl(descriptor, _NS_GET_NSTYPE) == _CLONE_NEWNET
+    except OSError:
+        return False
 
 
 class _Visit(threading.Thread, Generic[R]):

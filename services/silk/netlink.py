@@ -34,6 +34,9 @@ DUMP_ATTEMPTS = 10
 class NetlinkError(OSError):
     """The kernel refused a request. The text says which, and the kernel's reason."""
 
+    def __str__(self) -> str:
+        return str(self.strerror)
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
-from services.silk.netlink import CREATE, EXCLUSIVE, REPLACE, Message, attribute, attributes
+from services.silk.netlink import CREATE, EXCLUSIVE, REPLACE, Message, attribute
 
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, GETADDR = 20, 22
@@ -57,7 +57,7 @@ def _text(value: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A veth end as read back. `peer` is the other end's index in the namespace where that is; `alias` "" if unset."""
+    """A link as read back. `peer` is the other end's index in the namespace where that is; `alias` "" if unset."""
 
     index: int
     name: str
@@ -120,11 +120,6 @@ def read_link(header: bytes, values: dict[int, bytes]) -> Link:
         peer=_INT.unpack(values.get(_IFLA_LINK, b"\0\0\0\0"))[0],
         flags=flags,
     )
-
-
-def is_veth(values: dict[int, bytes]) -> bool:
-    """Kernels that do not filter dumps by kind answer with every link."""
-    return attributes(values.get(_IFLA_LINKINFO, b"")).get(_INFO_KIND, b"").rstrip(b"\0") == b"veth"
 
 
 # Addresses
