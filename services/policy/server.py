@@ -100,7 +100,6 @@ async def open_ledger(url: str) -> AsyncIterator[Ledger]:
             ledger = Ledger(database, POLICIES.name)
             await ledger.migrate(MIGRATIONS)
         except Exception as error:
-            log.exception("the database cannot be used")
             raise CannotStart(f"database {DatabaseURL(url).obscure_password}: {error!r}") from error
         yield ledger
 
