@@ -113,10 +113,7 @@ class Cell:
 
     async def _remember(self) -> None:
         tenure = await self._kernel.run(tenures.load, self._file)
-        own = (self._client.cell, self._client.underlay)
-        if tenure is None or (tenure.lease.cell, tenure.lease.underlay) != own:
-            return
-        if not tenure.lease.subnet.subnet_of(self._overlay_network):
+        if tenure is None or not self._client.may_have(tenure.lease):
             return
         self._tenure = tenure
         if not tenure.holds:

@@ -1,7 +1,7 @@
 """Asking the Silk controller for this cell's lease."""
 
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 
 from bus import subjects
 from bus.connection import Connection
@@ -27,6 +27,12 @@ class LeaseClient:
     connection: Connection
     cell: CellName
     underlay: IPv4Address
+    overlay: IPv4Network
+
+    def may_have(self, lease: Lease) -> bool:
+        """Whether a lease is this cell's, as it is set up now."""
+        own = (lease.cell, lease.underlay) == (self.cell, self.underlay)
+        return own and lease.subnet.subnet_of(self.overlay)
 
     async def acquire(self) -> Tenure:
         sent = boot_clock()
@@ -34,6 +40,11 @@ class LeaseClient:
         lease = Lease.decode(answer.mapping("lease"), f"{answer.where}: lease")
         if (lease.cell, lease.underlay) != (self.cell, self.underlay):
             raise answer.malformed("lease", f"is of {lease.cell} at {lease.underlay}, not of this cell")
+        if not lease.subnet.subnet_of(self.overlay):
+            raise LeaseDenied(
+                f"the controller leased {lease.subnet}, which is not in the overlay network {self.overlay}:"
+                " set overlay_network alike on the cell and the controller"
+            )
         return Tenure(lease, sent, answer.number("expires_in"))
 
     async def renew(self, tenure: Tenure) -> Tenure:

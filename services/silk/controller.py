@@ -14,6 +14,7 @@ from bus import subjects
 from bus.connection import Connection, connect
 from bus.database import open_database
 from bus.decode import Fields, Malformed
+from bus.events import Relay
 from bus.failpoints import failpoint
 from bus.ledger import Ledger
 from bus.local import Health, application, serving_privately
@@ -34,9 +35,10 @@ REQUESTS = Counter("silkbus_silk_lease_requests_total", "Lease requests answered
 class Controller:
     """Answers the three lease requests (docs/design.md, "Leases, on the bus")."""
 
-    def __init__(self, store: LeaseStore, publisher: Publisher[Lease], expiry: int) -> None:
+    def __init__(self, store: LeaseStore, publisher: Publisher[Lease], relay: Relay, expiry: int) -> None:
         self._store = store
         self._publisher = publisher
+        self._relay = relay
         self._expiry = expiry
 
     async def serve(self, connection: Connection) -> None:
@@ -67,6 +69,7 @@ class Controller:
         outcome = await self._store.acquire(cell, fields.address("underlay"))
         failpoint("silk.lease.after-commit")
         self._publisher.committed(outcome)
+        self._relay.wake()
         if outcome.result is None:  # only for a request id that is not new, and ours always are
             raise LeaseRefused(f"cell {cell}: the database gave no lease: ask again")
         log.info("lease acquired", extra=about(cell=cell, subnet=str(outcome.result.subnet), revision=outcome.revision))
@@ -84,6 +87,7 @@ class Controller:
         outcome = await self._store.release(lease)
         failpoint("silk.lease.after-commit")
         self._publisher.committed(outcome)
+        self._relay.wake()
         log.info("lease released", extra=about(cell=cell, subnet=str(lease.subnet), revision=outcome.revision))
         return {}
 
@@ -104,12 +108,14 @@ async def control(settings: ControllerSettings) -> None:
         store = LeaseStore(ledger, settings.overlay_network, settings.subnet_prefix_length, settings.lease_expiry)
         async with connect(settings.nats, role="silk-controller", name="central") as connection:
             publisher = Publisher(connection, ledger, LEASES, store.entries)
-            controller = Controller(store, publisher, settings.lease_expiry)
+            relay = Relay(connection, ledger, readers=settings.event_readers, replicas=settings.event_replicas)
+            controller = Controller(store, publisher, relay, settings.lease_expiry)
             health = Health()
             health.check("bus", lambda: None if connection.connected else "no connection to NATS")
             health.check("database", lambda: None if publisher.revision is not None else "the leases are not read yet")
             async with serving_privately(application([], health), settings.socket), asyncio.TaskGroup() as tasks:
                 tasks.create_task(publisher.run())
+                tasks.create_task(relay.run())
                 await controller.serve(connection)
 
 

@@ -45,7 +45,8 @@ class Namespace:
 def opened(path: str) -> Iterator[Namespace]:
     """The network namespace at `path`, for as long as the block lasts. Raises NamespaceError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not to be held up by whatever the path leads to, a FIFO say.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise NamespaceError(f"network namespace {path!r} cannot be opened: {error}") from None
     try:

@@ -40,7 +40,7 @@ class WorkerSettings(CellSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerSettings(ServiceSettings):
+class ControllerSettings(CentralSettings):
     """What the Silk controller needs to know."""
 
     database: str = setting("database of the leases: sqlite:///FILE, postgresql://… or mysql://…", "sqlite:///silk.db")
@@ -50,7 +50,7 @@ class ControllerSettings(ServiceSettings):
     run_dir: Path = setting("folder of the service's socket", Path("/run/silkbus"))
 
     def __post_init__(self) -> None:
-        ServiceSettings.__post_init__(self)
+        CentralSettings.__post_init__(self)
         if not self.overlay_network.prefixlen < self.subnet_prefix_length <= 30:
             raise Malformed(
                 f"subnet_prefix_length: must be longer than that of {self.overlay_network} and at most 30,"

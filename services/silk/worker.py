@@ -19,7 +19,7 @@ async def work(settings: WorkerSettings) -> None:
     kernel = KernelThread("silk-kernel")
     try:
         async with connect(settings.nats, role="cell", name=name) as connection:
-            client = LeaseClient(connection, name, settings.underlay)
+            client = LeaseClient(connection, name, settings.underlay, settings.overlay_network)
             replica = Replica(connection, LEASES, cache=settings.cache(LEASES.name, "silk"))
             cell = Cell(settings, client, replica, kernel)
             health = Health()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from bus.local import Refused, Service, Unreachable
@@ -106,6 +107,12 @@ class Worker:
     async def attach(self, handle: str, netns: str) -> dict[str, Any]:
         return await self.call("POST", "/attach", {"handle": handle, "netns": netns, "ifname": "eth0"})
 
+    async def readyz(self) -> tuple[int, str]:
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
+        async with httpx.AsyncClient(transport=transport, base_url="http://silk") as client:
+            response = await client.get("/readyz")
+        return response.status_code, response.text
+
     async def until(self, wanted: Callable[[dict[str, Any] | str], bool], seconds: float = 30) -> None:
         """Until GET / answers what is wanted: the answer, or the error's text."""
         end = time.monotonic() + seconds
@@ -171,6 +178,25 @@ async def test_two_cells_meet_and_a_restart_is_not_noticed(start: Start) -> None
     assert stream.sent == stream.received
     await second.call("POST", "/detach", {"handle": "server", "netns": target, "ifname": "eth0"})
     assert not reaches(source.rpartition("/")[2], address, timeout=1)
+
+
+async def test_readiness_says_what_is_missing(start: Start) -> None:
+    centre, (worker,) = start(centre_up=False)
+    await worker.until(lambda answer: "no lease yet: no connection to NATS" in answer)
+    status, text = await worker.readyz()
+    assert status == 503
+    assert "lease: no lease yet: no connection to NATS" in text
+    assert "overlay: no lease yet" in text
+    centre.start()
+    end = time.monotonic() + 30
+    while await worker.readyz() != (200, "lease: ok\noverlay: ok\ntable: ok\n"):
+        assert time.monotonic() < end, await worker.readyz()
+        await asyncio.sleep(0.1)
+
+
+async def test_another_overlay_network_is_refused(start: Start) -> None:
+    _, (worker,) = start(overlay_network="10.100.0.0/16")
+    await worker.until(lambda answer: "10.100.1.0/24, which is not in the overlay network 10.255.0.0/16" in answer)
 
 
 async def test_a_cell_goes_on_without_bus_and_centre(start: Start) -> None:
