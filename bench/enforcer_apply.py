@@ -68,14 +68,13 @@ async def measure(namespace: str, arguments: argparse.Namespace) -> None:
         await reconciler._applied()
 
     task: list[asyncio.Task[None]] = []
-    pair = next(pair for pair in sorted(pairs) if pair[0] != apps[0])
     print(f"{arguments.kind}: {arguments.policies} policies, {arguments.containers} containers")
     await timed(1, "start, empty kernel", start)
-    await timed(
-        arguments.rounds,
-        "one policy changed",
-        lambda n: tell({policy_key(*pair): (Ports(Protocol.TCP, 1000 + n, 1000 + n),)}),
-    )
+    http = (Ports(Protocol.TCP, 9090, 9090),)
+    new = [(apps[1 + n % (len(apps) - 1)], AppId(f"source-{n}")) for n in range(arguments.rounds)]
+    await tell({tag_key(source): 40_000 + n for n, (_, source) in enumerate(new)})
+    await timed(arguments.rounds, "one policy added", lambda n: tell({policy_key(*new[n]): http}))
+    await timed(arguments.rounds, "one policy removed", lambda n: tell({policy_key(*new[n]): None}))
     await timed(arguments.rounds, "nothing changed", lambda n: tell({policy_key(AppId("x"), AppId(str(n))): None}))
     await timed(arguments.rounds, "one container admitted again", lambda _: reconciler.admit(containers[5]))
     await timed(10, "a container comes", lambda n: reconciler.admit(_moved(containers[0], n)))

@@ -79,6 +79,10 @@ class Conntrack:
         bits = _attribute(_MARK, struct.pack("!I", value)) + _attribute(_MARK_MASK, struct.pack("!I", mask))
         return self._change(_NEW, flow.name + bits)
 
+    def delete(self, flow: Flow) -> bool:
+        """Delete an entry; False if it is gone already."""
+        return self._change(_DELETE, flow.name)
+
     def forget(self, address: IPv4Address) -> int:
         """Delete every entry from, to, or answered by this address; how many there were."""
         requests = (
@@ -88,7 +92,7 @@ class Conntrack:
         )
         found = {flow.name: flow for request in requests for flow in self._dump(request)}
         concerned = [f for f in found.values() if address in (f.source, f.destination, f.answering)]
-        return sum(self._change(_DELETE, flow.name) for flow in concerned)
+        return sum(self.delete(flow) for flow in concerned)
 
     def _dump(self, body: bytes) -> Iterator[Flow]:
         sequence = self._send(_GET, _REQUEST | _DUMP, body)

@@ -91,6 +91,8 @@ class Dataplane:
         chains = self._write(plan.chains)
         self._note_unwanted(plan)
         swept = self._flows.sweep(plan.flows)
+        if plan.complete:
+            self._flows.forget_strangers(plan.subnets, plan.tags.keys())
         for address in plan.released:
             self._flows.forget(address)
         if chains or plan.flows or plan.released:

@@ -67,7 +67,8 @@ class Plan:
 
     `families` of chains begin with the same name (an app's); of a family nothing is wanted but what it lists. In a
     `complete` plan nothing of ours is wanted but what `chains` and `tags` hold. A tag of None takes the address out of
-    the set; `peers` None leaves that set alone.
+    the set; `peers` None leaves that set alone. `subnets` are this cell's: a flow let in to an address there that no
+    container has is a dead container's, and a complete plan deletes it.
     """
 
     revision: Revision
@@ -77,6 +78,7 @@ class Plan:
     tags: Mapping[IPv4Address, Tag | None]
     peers: frozenset[IPv4Address] | None
     flows: tuple[FlowCheck, ...]
+    subnets: frozenset[IPv4Network]
     released: frozenset[IPv4Address]
 
 
@@ -100,12 +102,14 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
     if groups or everything:
         chains |= dispatch(set(model.groups()))
     # An address with another container: all its flows. An app whose policies changed: those with the tags concerned.
-    flows = [FlowCheck(a, _sources_of(model, model.app_at(a)), None) for a in addresses & model.addresses()]
+    # An address that had none before has no flows: they were deleted with its last container.
+    anew = model.addresses() if everything else touched.replaced & model.addresses()
+    flows = [FlowCheck(address, _sources_of(model, model.app_at(address)), None) for address in anew]
     for app, changed in touched.apps.items():
         lost = frozenset(tag for tag, less in changed.items() if less)
         flows += [
             FlowCheck(address, sources[app], lost, frozenset(changed) - lost)
-            for address in (model.addresses_of(app) - addresses if changed and app in sources else ())
+            for address in (model.addresses_of(app) - anew if changed and app in sources else ())
         ]
     return Plan(
         revision=model.revision,
@@ -115,6 +119,7 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
         tags={address: model.tag_at(address) for address in addresses},
         peers=model.peers() if everything or touched.peers else None,
         flows=tuple(flows),
+        subnets=model.subnets_of(settings.cell),
         released=frozenset(touched.released),
     )
 

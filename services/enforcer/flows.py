@@ -7,9 +7,9 @@ A look-up walks the kernel's whole table (9 ms for 262 144 empty buckets), so th
 it: for a policy that only grew, unless flows are known to be dead that it may revive.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 
 from services.enforcer.conntrack import Conntrack, Flow
 from services.enforcer.desired import FlowCheck, allows
@@ -58,6 +58,20 @@ class Flows:
         """Delete every entry from, to, or answered by this address; how many there were."""
         self._dead = {pair for pair in self._dead if pair[0] != address}
         return self._conntrack.forget(address)
+
+    def forget_strangers(self, subnets: Collection[IPv4Network], known: Collection[IPv4Address]) -> int:
+        """Delete tagged flows to addresses of these subnets that no container has; how many there were.
+
+        Their containers went while nobody watched; the address's next container must not inherit them.
+        """
+        strangers = [
+            flow
+            for flow in self._conntrack.flows()
+            if flow.mark & TAG_MASK
+            and flow.destination not in known
+            and any(flow.destination in subnet for subnet in subnets)
+        ]
+        return sum(self._conntrack.delete(flow) for flow in strangers)
 
     def _judge(self, flow: Flow, check: FlowCheck) -> str | None:
         tag = flow.mark & TAG_MASK

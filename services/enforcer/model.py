@@ -31,6 +31,8 @@ class Touched:
     groups: set[IPv4Network] = field(default_factory=set)
     addresses: set[IPv4Address] = field(default_factory=set)
     """Addresses whose own tag, or whose container, changes."""
+    replaced: set[IPv4Address] = field(default_factory=set)
+    """Addresses that passed from one container to another, whose flows are the former's."""
     peers: bool = False
     released: set[IPv4Address] = field(default_factory=set)
     """Addresses that no container has any more."""
@@ -84,6 +86,8 @@ class Model:
                 return
             self.forget(container.handle)
         self.containers[container.handle] = container
+        if container.address in self._owners or container.address in self.touched.released:
+            self.touched.replaced.add(container.address)
         self._owners.setdefault(container.address, []).append(container.handle)
         self._groups[group_of(container.address)].add(container.address)
         self.touched.released.discard(container.address)
@@ -105,6 +109,8 @@ class Model:
             if not self._groups[group_of(address)]:
                 del self._groups[group_of(address)]
             self.touched.released.add(address)
+        else:
+            self.touched.replaced.add(address)
         if container.app is not None:
             self._touch_app(container.app, {})
             self._instances[container.app].discard(handle)
@@ -184,6 +190,10 @@ class Model:
     def groups(self) -> Mapping[IPv4Network, set[IPv4Address]]:
         """The /28 networks in which containers are, with their addresses."""
         return self._groups
+
+    def subnets_of(self, cell: str) -> frozenset[IPv4Network]:
+        """The subnets leased to a cell."""
+        return frozenset(lease.subnet for lease in self._leases.values() if lease.cell == cell)
 
     def peers(self) -> frozenset[IPv4Address]:
         """The underlay addresses of the cells that hold a lease."""

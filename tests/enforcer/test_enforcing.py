@@ -2,10 +2,11 @@
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
-from bus.messages import Handle, Revision
+from bus.messages import AppId, Handle, Revision
 from bus.tables import Update
 from tests.enforcer.conftest import enforcing, tags, tcp, udp
 from tests.enforcer.world import Cell, Echo, dial, echoes, is_cut, until
@@ -224,3 +225,28 @@ async def test_vxlan_only_from_holders_of_leases(two_cells: list[Cell], kind: st
         await enforcer.settled()
         with pytest.raises(TimeoutError):
             web.tcp(api, 8080, source=web.address)
+
+
+async def test_a_container_that_went_unseen_leaves_no_flows(cell: Cell, kind: str) -> None:
+    web, api = cell.box("web"), cell.box("api")
+    api.serve(8080)
+    known = {**KNOWN, ("policy", "api", "web"): (udp(8080),)}
+    async with enforcing(cell, kind, known=known):
+        datagrams = web.udp(api, 8080)
+        assert echoes(datagrams)
+        assert str(api.address) in cell.exec("conntrack -L -p udp")
+    cell.boxes.remove(api)
+    async with enforcing(cell, kind, known=known):
+        assert str(api.address) not in cell.exec("conntrack -L -p udp")
+    api.close()
+
+
+async def test_an_address_that_passes_to_another_app_keeps_no_flows(cell: Cell, kind: str) -> None:
+    web, api = cell.box("web"), cell.box("api")
+    api.serve(8080)
+    known = {**KNOWN, ("policy", "api", "web"): (tcp(8080),)}
+    async with enforcing(cell, kind, known=known) as enforcer:
+        stream = web.tcp(api, 8080)
+        assert echoes(stream)
+        await enforcer.reconciler.admit(replace(api.container, app=AppId("db")))
+        assert is_cut(stream)
