@@ -77,10 +77,10 @@ class GatewayError(Exception):
 
 
 class Gateway:
-    """The policy server's external API. One connection, kept, so that a call's time is the server's."""
+    """The policy server's external API."""
 
     def __init__(self, port: int, token: str) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+        self._port = port
         self._token = token
 
     def add(self, *rules: Rule) -> Change:
@@ -95,18 +95,18 @@ class Gateway:
 
     def _change(self, path: str, rules: Sequence[Rule]) -> Change:
         body = json.dumps({"policies": [rule.encode() for rule in rules]})
-        asked = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
         try:
-            self._connection.request("POST", path, body, {"Authorization": f"Bearer {self._token}"})
-            response = self._connection.getresponse()
+            connection.connect()  # before the clock starts: the time is the server's
+            asked = time.monotonic()
+            connection.request("POST", path, body, {"Authorization": f"Bearer {self._token}"})
+            response = connection.getresponse()
             text = response.read().decode(errors="replace")
-        except (OSError, http.client.HTTPException):
-            self._connection.close()  # the next call opens it anew
-            raise
-        answered = time.monotonic()
+            answered = time.monotonic()
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"POST {path}: {error!r}") from error
+        finally:
+            connection.close()
         if response.status != 200:
             raise GatewayError(f"POST {path}: {response.status}: {text}")
         return Change(int(response.headers["X-Silkbus-Revision"]), asked, answered)
-
-    def close(self) -> None:
-        self._connection.close()

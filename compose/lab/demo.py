@@ -115,9 +115,7 @@ def _show(demo: Lab, terminal: Terminal, steps: Steps, rounds: int, *, sabotage:
     for policy in POLICIES:
         _cli(demo, terminal, "add-network-policy", policy)
     if sabotage:
-        with_gateway = demo.gateway()
-        with_gateway.add(demo.rule("cache", "db", PORTS[0]))
-        with_gateway.close()
+        demo.gateway().add(demo.rule("cache", "db", PORTS[0]))
     problems += _matrix(demo, terminal, "After adding them", apps, POLICIES)
 
     terminal.title("Removing policies")
@@ -132,9 +130,7 @@ def _show(demo: Lab, terminal: Terminal, steps: Steps, rounds: int, *, sabotage:
         latency.Pairing("in one cell", source, same, PORTS[0]),
     ]
     with terminal.step("probing"):
-        gateway = demo.gateway()
-        timings = latency.measure(gateway, pairings, demo.rule("frontend", "backend", PORTS[0]), rounds)
-        gateway.close()
+        timings = latency.measure(demo.gateway(), pairings, demo.rule("frontend", "backend", PORTS[0]), rounds)
     for line in latency.table(timings):
         terminal.line(line)
     terminal.title("Cleaning up")
@@ -145,15 +141,13 @@ def _cli(demo: Lab, terminal: Terminal, command: str, policy: Allowed) -> None:
     ports = str(policy.start) if policy.start == policy.end else f"{policy.start}-{policy.end}"
     arguments = [command, policy.source, policy.destination, "--protocol", "tcp", "--port", ports]
     terminal.line("  " + terminal.paint(f"$ silkbus {' '.join(arguments)}", "yellow"))
-    for line in demo.cli(*arguments).splitlines():
+    for line in demo.cli(*arguments).strip().splitlines():
         terminal.line(f"    {line}")
 
 
 def _matrix(demo: Lab, terminal: Terminal, title: str, apps: Sequence[App], expected: Sequence[Allowed]) -> list[str]:
     """Take and show the matrix once every cell has the last change: what was not as expected."""
-    gateway = demo.gateway()
-    demo.settle(gateway.revision())
-    gateway.close()
+    demo.settle(demo.gateway().revision())
     terminal.title(
         f"{title}: who (row) opens a TCP connection to whom (column), on port {' or '.join(map(str, PORTS))}"
     )

@@ -1,5 +1,6 @@
 """A lab for each module of system tests, and the ends of its logs with each failure."""
 
+import itertools
 import os
 
 import pytest
@@ -22,9 +23,21 @@ def lab():
 
 @pytest.fixture
 def gateway(lab):
-    gateway = lab.gateway()
-    yield gateway
-    gateway.close()
+    return lab.gateway()
+
+
+@pytest.fixture(autouse=True)
+def mended(request):
+    """After each test every service runs again and no policy is left, so that a failure stays alone."""
+    yield
+    lab = request.node.funcargs.get("lab")
+    if isinstance(lab, Lab):
+        for name, process in list(lab.state.services.items()):
+            if not process.alive():
+                lab.start(name)
+        pairs = itertools.product(("web", "api"), repeat=2)
+        rules = [lab.rule(*pair, *ports) for pair in pairs for ports in ((8080,), (9090,), (8080, 9090))]
+        lab.settle(lab.gateway().remove(*rules).revision)
 
 
 @pytest.fixture

@@ -96,13 +96,11 @@ def test_a_removed_container_is_gone_and_its_address_is_not_used_at_once(lab):
     lab.remove(again.handle)
 
 
-def test_the_command_line_does_it(lab):
+def test_the_command_line_does_it(lab, gateway):
     lab.cli("add-network-policy", "web", "api", "--protocol", "tcp", "--port", "8080")
     assert "web" in lab.cli("network-policies")
-    gateway = lab.gateway()
     lab.settle(gateway.revision())
     assert taken(lab).wrong([Allowed("web", "api", 8080, 8080)]) == []
     lab.cli("remove-network-policy", "web", "api", "--protocol", "tcp", "--port", "8080")
     lab.settle(gateway.revision())
-    gateway.close()
     assert taken(lab).wrong([]) == []
