@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test unit kernel system lint setup clean
+.PHONY: demo test unit kernel system lint setup databases clean
 
 setup: $(STAMP)
 
@@ -13,10 +13,13 @@ $(STAMP): pyproject.toml .ci/setup
 demo: setup
 	@$(VENV)/bin/silkbus demo
 
-test: setup
+databases:
+	@.ci/setup-databases
+
+test: setup databases
 	$(VENV)/bin/pytest
 
-unit: setup
+unit: setup databases
 	$(VENV)/bin/pytest -m "not kernel and not system"
 
 kernel: setup

@@ -8,15 +8,19 @@ The whole transaction is repeated when the database says deadlock or busy, or lo
 a request id, unique in the log, so repeating one whose commit succeeded, but whose answer was lost, finds it there and
 does nothing.
 
+Within a process one change is made at a time: they would wait for the same lock anyway, and like this they wait in
+order, without holding the connections that readers need.
+
 The outbox of domain events is a column of the change log: the same rows, the same retention, one insert instead of two.
 """
 
+import asyncio
 import logging
+import re
 import secrets
 import time
-from asyncio import Lock
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -33,7 +37,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from bus.database import is_sqlite, is_transient
+from bus.database import is_already_there, is_transient, transaction
 from bus.log import about
 from bus.messages import Revision
 from bus.tables.table import Changes, Content, Key, as_changes
@@ -43,18 +47,25 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 RETRY_SECONDS = 15.0
+QUEUE_SECONDS = 30.0
+MIGRATION_SECONDS = 60
 MAX_REQUEST_ID = 64
+_REQUEST_ID = re.compile(r"[!-~]{1,64}")
 _MIGRATION_LOCK = 7_417_355
 _BLOB = LargeBinary(length=2**32 - 1)  # MySQL chooses the type by the length
 
+_EXACT: dict[str, Any] = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4", "mysql_collate": "utf8mb4_bin"}
+"""MySQL compares texts without regard to case unless told so, and not every engine of its has transactions."""
+
 _metadata = MetaData()
-MIGRATION = sqlalchemy.Table("migration", _metadata, Column("id", String(64), primary_key=True))
+MIGRATION = sqlalchemy.Table("migration", _metadata, Column("id", String(64), primary_key=True), **_EXACT)
 TABLE_HEAD = sqlalchemy.Table(
     "table_head",
     _metadata,
     Column("name", String(64), primary_key=True),
     Column("epoch", String(32), nullable=False),
     Column("revision", BigInteger, nullable=False),
+    **_EXACT,
 )
 CHANGE_LOG = sqlalchemy.Table(
     "change_log",
@@ -67,6 +78,7 @@ CHANGE_LOG = sqlalchemy.Table(
     Column("changes", _BLOB, nullable=False),
     Column("events", _BLOB, nullable=False),
     UniqueConstraint("table_name", "request_id"),
+    **_EXACT,
 )
 
 Step = tuple[str, Sequence[sqlalchemy.Table | DDLElement | str]]
@@ -93,8 +105,9 @@ class Change:
     def delete(self, key: Key) -> None:
         self._entries[key] = None
 
-    def event(self, kind: str, data: Mapping[str, Any]) -> None:
-        self._events.append({"kind": kind, "data": dict(data)})
+    def event(self, kind: str, about: Key, data: Mapping[str, Any]) -> None:
+        """Tell other components that `kind`, say "policy.added", happened to the entry `about` (docs/events.md)."""
+        self._events.append({"kind": kind, "about": list(about), "data": dict(data)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +127,7 @@ class Outcome(Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One row of the change log. `events` are maps with `kind` and `data`."""
+    """One row of the change log. `events` are maps with `kind`, `about` (a key of the table) and `data`."""
 
     revision: Revision
     request_id: str
@@ -131,14 +144,13 @@ class _Unchanged(Exception):
 class Ledger:
     """The head and change log of one table in one database.
 
-    Several servers may have ledgers on the same table; within one process there should be one, since SQLite's writers
-    wait for each other far better in a queue here than for the file's lock.
+    Several servers may have ledgers on the same table; a process should have one of each.
     """
 
     def __init__(self, database: Database, table: str) -> None:
         self.database = database
         self.table = table
-        self._queue = Lock() if is_sqlite(database) else None
+        self._queue = asyncio.Lock()
 
     async def migrate(self, steps: Sequence[Step]) -> None:
         """Bring the schema up to date: the ledger's own tables, then each of `steps` that was not applied yet.
@@ -147,33 +159,38 @@ class Ledger:
         """
         async for attempt in self._retrying("migrating"):
             with attempt:
-                await self._migrate([*_LEDGER_STEPS, *steps])
+                async with (
+                    self.database.connection() as connection,
+                    _migrating_alone(connection, self._dialect),
+                    transaction(self.database, write=True),
+                ):
+                    await self._migrate(connection, [*_LEDGER_STEPS, *steps])
 
-    async def _migrate(self, steps: Sequence[Step]) -> None:
-        async with self.database.connection() as connection, AsyncExitStack() as stack:
-            dialect = self.database.url.dialect
-            if dialect == "mysql":  # where DDL commits by itself, so that the lock must outlive transactions
-                await connection.execute("SELECT GET_LOCK('silkbus-migration', 60)")
-                stack.push_async_callback(connection.execute, "SELECT RELEASE_LOCK('silkbus-migration')")
-            await stack.enter_async_context(connection.transaction())
-            if dialect == "postgresql":
-                await connection.execute(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
-            await connection.execute(CreateTable(MIGRATION, if_not_exists=True))
-            applied = {row["id"] for row in await connection.fetch_all("SELECT id FROM migration")}
-            for name, statements in steps:
-                if name in applied:
-                    continue
-                log.info("applying a migration", extra=about(migration=name))
-                for statement in statements:
-                    command = CreateTable(statement) if isinstance(statement, sqlalchemy.Table) else statement
+    async def _migrate(self, connection: DatabaseConnection, steps: Sequence[Step]) -> None:
+        if self._dialect == "postgresql":
+            await connection.execute(f"SET LOCAL lock_timeout = '{MIGRATION_SECONDS}s'")
+            await connection.execute(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+        await connection.execute(CreateTable(MIGRATION, if_not_exists=True))
+        applied = {row["id"] for row in await connection.fetch_all("SELECT id FROM migration")}
+        for name, statements in steps:
+            if name in applied:
+                continue
+            log.info("applying a migration", extra=about(migration=name))
+            for statement in statements:
+                command = CreateTable(statement) if isinstance(statement, sqlalchemy.Table) else statement
+                try:
                     await connection.execute(command)
-                await connection.execute("INSERT INTO migration (id) VALUES (:id)", {"id": name})
-            head = await connection.fetch_one("SELECT 1 FROM table_head WHERE name = :name", {"name": self.table})
-            if head is None:
-                await connection.execute(
-                    "INSERT INTO table_head (name, epoch, revision) VALUES (:name, :epoch, 0)",
-                    {"name": self.table, "epoch": secrets.token_hex(16)},
-                )
+                except Exception as error:
+                    # MySQL cannot roll back DDL: an earlier run of this step was cut short after this statement.
+                    if not is_already_there(error):
+                        raise
+            await connection.execute("INSERT INTO migration (id) VALUES (:id)", {"id": name})
+        head = await connection.fetch_one("SELECT 1 FROM table_head WHERE name = :name", {"name": self.table})
+        if head is None:
+            await connection.execute(
+                "INSERT INTO table_head (name, epoch, revision) VALUES (:name, :epoch, 0)",
+                {"name": self.table, "epoch": secrets.token_hex(16)},
+            )
 
     async def change(
         self, work: Callable[[Change], Awaitable[R]], *, actor: str, request_id: str | None = None
@@ -181,31 +198,47 @@ class Ledger:
         """Run `work` in one write transaction under the table's head lock.
 
         `work` may run several times, and must change nothing but the database. What it raises rolls back and is
-        raised here. Raises the database's error when it still cannot be reached after RETRY_SECONDS.
+        raised here. Raises ValueError for a request id that is not 1 to 64 printable ASCII characters without blanks,
+        TimeoutError when other changes of this process have kept it waiting for QUEUE_SECONDS, and the database's
+        error when that still stands after RETRY_SECONDS.
         """
-        request_id = request_id or secrets.token_hex(16)
+        request_id = request_id if request_id is not None else secrets.token_hex(16)
+        if not _REQUEST_ID.fullmatch(request_id):  # MySQL takes "a" and "a " for the same
+            raise ValueError(f"request id: {request_id!r} is not 1 to 64 printable ASCII characters without blanks")
         made: list[Outcome[R]] = []
-        async for attempt in self._retrying("changing"):
-            with attempt:
-                async with AsyncExitStack() as stack:
-                    if self._queue is not None:
-                        await stack.enter_async_context(self._queue)
+        async with self._turn():
+            async for attempt in self._retrying("changing"):
+                with attempt:
                     return await self._change(work, actor, request_id, made)
         raise AssertionError("retrying ends by returning or raising")
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(QUEUE_SECONDS):
+                await self._queue.acquire()
+        except TimeoutError:
+            raise TimeoutError(
+                f"table {self.table}: earlier changes have not ended within {QUEUE_SECONDS:g} s; see whether the "
+                f"database answers, and who holds its locks"
+            ) from None
+        try:
+            yield
+        finally:
+            self._queue.release()
 
     async def _change(
         self, work: Callable[[Change], Awaitable[R]], actor: str, request_id: str, made: list[Outcome[R]]
     ) -> Outcome[R]:
-        async with self.database.connection() as connection:
-            try:
-                async with connection.transaction():
-                    outcome = await self._write(connection, work, actor, request_id, made)
-                    if not outcome.changed:
-                        raise _Unchanged
-                    made.append(outcome)
-            except _Unchanged:
-                pass
-            return outcome
+        try:
+            async with transaction(self.database, write=True) as connection:
+                outcome = await self._write(connection, work, actor, request_id, made)
+                if not outcome.changed or any(outcome is earlier for earlier in made):
+                    raise _Unchanged
+                made.append(outcome)
+        except _Unchanged:
+            pass
+        return outcome
 
     async def _write(
         self,
@@ -223,9 +256,9 @@ class Ledger:
         same = {"name": self.table, "id": request_id}
         query = "SELECT revision FROM change_log WHERE table_name = :name AND request_id = :id"
         if (before := await connection.fetch_val(query, same)) is not None:
-            # Made by this call, whose answer was lost, or by an earlier one with the same id.
-            mine = next((outcome for outcome in made if outcome.revision == before), None)
-            return Outcome(mine.result if mine else None, Revision(before), False, request_id)
+            # Made by an earlier try of this call, whose commit was not answered, or by another call with the same id.
+            mine = next((outcome for outcome in reversed(made) if outcome.revision == before), None)
+            return mine or Outcome(None, Revision(before), False, request_id)
         change = Change(connection, Revision(revision))
         result = await work(change)
         if not change._entries:
@@ -277,12 +310,8 @@ class Ledger:
         self, entries: Callable[[DatabaseConnection], Awaitable[Mapping[Key, Any]]]
     ) -> tuple[Content, str]:
         """The table's content, read by `entries` from its rows in one consistent view, and its last request id."""
-        # PostgreSQL's default sees each statement's own moment; the other two see the transaction's.
-        isolation: dict[str, Any] = {}
-        if self.database.url.dialect == "postgresql":
-            isolation = {"isolation": "repeatable_read"}
         where = {"name": self.table}
-        async with self.database.connection() as connection, connection.transaction(**isolation):
+        async with transaction(self.database, write=False) as connection:
             head = await connection.fetch_one("SELECT epoch, revision FROM table_head WHERE name = :name", where)
             if head is None:
                 raise LookupError(f"table_head has no row {self.table!r}: run the migrations first")
@@ -293,6 +322,10 @@ class Ledger:
             values = await entries(connection)
         packed = {key: pack(value) for key, value in values.items()}
         return Content.of(head["epoch"], Revision(head["revision"]), packed), cast("str | None", last) or ""
+
+    @property
+    def _dialect(self) -> str:
+        return str(self.database.url.dialect)
 
     def _retrying(self, doing: str) -> AsyncRetrying:
         def say(state: RetryCallState) -> None:
@@ -307,3 +340,18 @@ class Ledger:
             before_sleep=say,
             reraise=True,
         )
+
+
+@asynccontextmanager
+async def _migrating_alone(connection: DatabaseConnection, dialect: str) -> AsyncIterator[None]:
+    """On MySQL, where DDL commits by itself, hold a lock that outlives transactions; the others lock in theirs."""
+    if dialect != "mysql":
+        yield
+        return
+    if await connection.fetch_val(f"SELECT GET_LOCK('silkbus-migration', {MIGRATION_SECONDS})") != 1:
+        raise TimeoutError(f"another server has been migrating the database for {MIGRATION_SECONDS} s")
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # with the connection gone, so is the lock
+            await connection.execute("SELECT RELEASE_LOCK('silkbus-migration')")

@@ -13,6 +13,7 @@ from databases import Database
 from databases.core import Connection as DatabaseConnection
 
 from bus.connection import Connection, connect
+from bus.credentials import Credentials
 from bus.database import open_database
 from bus.decode import Malformed
 from bus.ledger import Change, Ledger, Outcome
@@ -23,6 +24,8 @@ NOTES = sqlalchemy.Table(
     sqlalchemy.MetaData(),
     sqlalchemy.Column("name", sqlalchemy.String(64), primary_key=True),
     sqlalchemy.Column("text", sqlalchemy.Text, nullable=False),
+    mysql_charset="utf8mb4",
+    mysql_collate="utf8mb4_bin",
 )
 
 
@@ -85,12 +88,14 @@ class Centre:
 
 
 @asynccontextmanager
-async def centre(nats: str, url: str) -> AsyncIterator[Centre]:
+async def centre(
+    nats: str, url: str, *, table: Table[str] = TABLE, role: str = "server", credentials: Credentials | None = None
+) -> AsyncIterator[Centre]:
     async with AsyncExitStack() as stack:
         notes = Notes(await stack.enter_async_context(open_database(url)))
         await notes.migrate()
-        connection = await stack.enter_async_context(connect(nats, role="server", name="notes"))
-        publisher = Publisher(connection, notes.ledger, TABLE, entries)
+        connection = await stack.enter_async_context(connect(nats, role=role, name="notes", credentials=credentials))
+        publisher = Publisher(connection, notes.ledger, table, entries)
         stack.push_async_callback(cancel, asyncio.create_task(publisher.run()))
         yield Centre(notes, publisher)
 
@@ -103,9 +108,17 @@ class Follower:
 
 
 @asynccontextmanager
-async def follower(nats: str, cache: Path | None = None, **options: Any) -> AsyncIterator[Follower]:
-    async with connect(nats, role="cell", name="one") as connection:
-        following = Follower(Replica(connection, TABLE, cache=cache, **options), connection)
+async def follower(
+    nats: str,
+    cache: Path | None = None,
+    *,
+    table: Table[str] = TABLE,
+    name: str = "one",
+    credentials: Credentials | None = None,
+    **options: Any,
+) -> AsyncIterator[Follower]:
+    async with connect(nats, role="cell", name=name, credentials=credentials) as connection:
+        following = Follower(Replica(connection, table, cache=cache, **options), connection)
         following.replica.listen(following.updates.append)
         task = asyncio.create_task(following.replica.run())
         yield following
