@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bus.decode import Malformed
 from bus.messages import cell_name
-from bus.settings import CellSettings, ServiceSettings, setting
+from bus.settings import CellSettings, CentralSettings, setting
 
 OVERLAY = IPv4Network("10.255.0.0/16")
 MAX_INTERFACE_NAME = 15
