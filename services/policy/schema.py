@@ -3,7 +3,8 @@
 A policy's row is found from both ends: by (source, destination) for changes, by destination for lists and for "is this
 app still in any policy". `id` keeps the order of insertion, which is the order of lists. A tag's row stays when it is
 freed: `app` is then its last owner, and `freed_at` tells since when it rests. The columns' limits are those of
-contract/policy.md 1.4 and 1.9. Names are compared byte for byte on all databases, hence the collation for MySQL.
+contract/policy.md 1.4 and 1.9. Names are compared byte for byte on all databases, hence the collation for MySQL; only
+blanks at the end mean nothing to it, and names that end with one are refused at the door.
 """
 
 from collections.abc import Sequence

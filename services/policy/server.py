@@ -21,11 +21,12 @@ from databases import DatabaseURL
 from bus.connection import connect
 from bus.database import open_database
 from bus.decode import Malformed
-from bus.ledger import Ledger
+from bus.events import Relay
+from bus.ledger import Ledger, Outcome
 from bus.local import serving
 from bus.log import about, setup
 from bus.process import run
-from bus.settings import ServiceSettings, from_command_line, setting
+from bus.settings import CentralSettings, from_command_line, setting
 from bus.tables import POLICIES, Publisher
 from services.policy.gateway import Gateway
 from services.policy.schema import MIGRATIONS
@@ -44,7 +45,7 @@ class CannotStart(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySettings(ServiceSettings):
+class PolicySettings(CentralSettings):
     """Settings of the policy server."""
 
     database: str = setting("SQL database, as a URL", "sqlite:///policy.db")
@@ -54,7 +55,7 @@ class PolicySettings(ServiceSettings):
 
     def __post_init__(self) -> None:
         # Named, since a dataclass with slots is made anew and has not the class that super() would look for.
-        ServiceSettings.__post_init__(self)
+        CentralSettings.__post_init__(self)
         if not _LISTEN.fullmatch(self.listen):
             raise Malformed(f"listen: {self.listen!r} is neither HOST:PORT nor fd:N")
         if self.max_stale < 0:
@@ -80,9 +81,16 @@ async def serve(settings: PolicySettings) -> None:
             asyncio.TaskGroup() as tasks,
         ):
             publisher = Publisher(connection, ledger, POLICIES, entries)
+            relay = Relay(connection, ledger, readers=settings.event_readers, replicas=settings.event_replicas)
             tasks.create_task(publisher.run())
+            tasks.create_task(relay.run())
+
+            def committed(outcome: Outcome[None]) -> None:
+                publisher.committed(outcome)
+                relay.wake()
+
             pool = TagPool(rest=settings.max_stale + REST_MARGIN, clock=time.time)
-            gateway = Gateway(Store(ledger, pool, publisher.committed), tokens, lambda: connection.connected)
+            gateway = Gateway(Store(ledger, pool, committed), tokens, lambda: connection.connected)
             async with serving(gateway.application(), listener):
                 host, port = listener.getsockname()[:2]
                 log.info(
