@@ -262,7 +262,8 @@ class Connection:
                 # Its text has the subject. The client goes on: what is permitted still works.
                 log.error("NATS does not permit this to this service", extra=about(error=str(error)))
                 return
-            log.warning("NATS client reports an error", extra=about(error=repr(error)))
+            if self._client is client:  # while connecting, the attempt's own failure says it
+                log.warning("NATS client reports an error", extra=about(error=repr(error)))
 
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT * 3):
@@ -327,7 +328,9 @@ def explain(error: BaseException | None, credentials: Credentials | None) -> str
         return f"{text}: NATS has no user for {who}: add it with `silkbus nats-config`, and reload the servers"
     if "alert" in lower or isinstance(error, ssl.SSLEOFError):
         return f"{text}: NATS refuses {who}: it must be signed by the servers' authority, for clients, and be valid now"
-    if isinstance(error, ssl.SSLCertVerificationError) and credentials:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if credentials is None:
+            return f"{text}: NATS wants TLS: set nats_ca, nats_cert and nats_key to what `silkbus nats-config` wrote"
         return f"{text}: the server's certificate is not of {credentials.ca}, or is for another address"
     if isinstance(error, nats.errors.SecureConnRequiredError):
         return "the server at this address does not ask for TLS, and nats_ca is set: is it ours?"

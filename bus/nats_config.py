@@ -231,7 +231,7 @@ def main(argv: list[str]) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(
         "silkbus nats-config",
-        description="Write nats-server's configuration with least permissions, and keys and certificates for mutual TLS.",
+        description="Write nats-server's configuration with least permissions, and certificates for mutual TLS.",
         epilog="Run it again to add or leave out a cell: keys that exist are kept, and nobody else is touched.",
     )
     parser.add_argument("--cells", required=True, metavar="NAME,…", help="all cells")

@@ -47,7 +47,7 @@ class User:
 
     @property
     def identity(self) -> str:
-        """The DNS name in its certificate, by which NATS knows it: `NAME.ROLE.silkbus`, for the centre `ROLE.silkbus`."""
+        """The DNS name in its certificate, by which NATS knows it: `NAME.ROLE.silkbus`, or `ROLE.silkbus`."""
         return ".".join(part for part in (self.name, self.role, subjects.ROOT) if part)
 
 
