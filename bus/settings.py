@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -21,6 +22,7 @@ from bus.log import LEVELS
 
 T = TypeVar("T")
 _REQUIRED: Any = dataclasses.MISSING
+_READER = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
 
 class SettingsError(Exception):
@@ -55,6 +57,22 @@ class ServiceSettings:
         if self.nats_ca is None or self.nats_cert is None or self.nats_key is None:
             return None
         return Credentials(self.nats_ca, self.nats_cert, self.nats_key)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CentralSettings(ServiceSettings):
+    """What every service has that writes a table, and tells others what happens (docs/events.md)."""
+
+    event_readers: tuple[str, ...] = setting("components that read events: a consumer is made for each name", ())
+    event_replicas: int = setting("servers of the NATS cluster that keep the stream of events: 1, 3 or 5", 1)
+
+    def __post_init__(self) -> None:
+        ServiceSettings.__post_init__(self)
+        for name in self.event_readers:
+            if not _READER.fullmatch(name):
+                raise Malformed(f"event_readers: {name!r} is not a name of 1 to 63 letters, digits, '-' or '_'")
+        if self.event_replicas not in (1, 3, 5):
+            raise Malformed(f"event_replicas: must be 1, 3 or 5, not {self.event_replicas}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,11 @@
+"""The event stream: what happened to a table, for other components, on JetStream.
+
+    SQL ──change log──▶ Relay ──▶ stream SILKBUS_TABLE ──▶ anybody who may read (docs/events.md)
+
+`event` is an event's id and form; `stream` is the JetStream side; `relay` carries the one to the other. Nothing in
+Silkbus itself listens to events: tables do that work, and the stream can be thrown away at any time.
+"""
+
+from bus.events.relay import Relay
+
+__all__ = ["Relay"]
