@@ -66,7 +66,8 @@ def _of_centre(part: str, layout: Layout, state: State) -> Service:
     database = layout.data / f"{part}.db"
     common = {"SILKBUS_NATS": f"nats://{CENTRE_ADDRESS}:{NATS_PORT}", "SILKBUS_DATABASE": f"sqlite:///{database}"}
     if part == "nats":
-        command = [program("nats-server"), "-a", CENTRE_ADDRESS, "-p", str(NATS_PORT)]
+        storage = layout.data / "jetstream"  # of the streams of events
+        command = [program("nats-server"), "-a", CENTRE_ADDRESS, "-p", str(NATS_PORT), "-js", "-sd", str(storage)]
         return Service(namespace, command, {}, lambda: _nats_problem(namespace))
     if part == "silk-controller":
         run_dir = layout.run / "centre"
