@@ -35,8 +35,8 @@ from bus.log import about
 
 log = logging.getLogger(__name__)
 
-MAX_EVENTS = 200_000
-MAX_BYTES = 256 << 20
+MAX_EVENTS = 100_000
+MAX_BYTES = 128 << 20
 """JetStream sets this much of its storage aside when it makes the stream, and refuses to when it has less."""
 LOOK_BACK = 256
 _WRONG_LAST_SEQUENCE = (10071, 10164)
