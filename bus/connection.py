@@ -284,9 +284,14 @@ class Connection:
                 if self.credentials is not None and not client._server_info.get("tls_required"):
                     # The client believes the server's first, open words; whoever is in between could say no TLS.
                     raise nats.errors.SecureConnRequiredError
-                for subscription in self._subscriptions:
-                    await self._subscribe(client, subscription)
-                await client.flush(timeout=CHECK_TIMEOUT)
+                made = 0
+                while True:
+                    for subscription in self._subscriptions[made:]:
+                        await self._subscribe(client, subscription)
+                        made += 1
+                    await client.flush(timeout=CHECK_TIMEOUT)
+                    if made == len(self._subscriptions):  # others may be added while the server confirms these
+                        break
         except BaseException:
             await _close(client)
             raise

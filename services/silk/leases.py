@@ -9,6 +9,7 @@ What was released is remembered with its time: a new cell gets a subnet that nob
 since other cells may still send what was meant for its former owner.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
@@ -73,6 +74,8 @@ class LeaseStore:
         self._prefix_length = prefix_length
         self._expiry = expiry
         self._clock = _CLOCK[self._database.url.dialect]
+        # Renewals queue here: hundreds at once, as after an outage, would fight for SQLite's one lock and time out.
+        self._renewing = asyncio.Lock()
         self._reclaims_from = time.monotonic() + min(MAX_SETTLING, expiry)
 
     async def acquire(self, cell: CellName, underlay: IPv4Address) -> Outcome[Lease]:
@@ -90,7 +93,7 @@ class LeaseStore:
         """Note that the cell still has this very lease. False if it has not: it is another's, or released."""
         values = {**lease.encode(), "cell": str(lease.cell)}
         where = "subnet = :subnet AND cell = :cell AND underlay = :underlay AND mac = :mac"
-        async with self._database.connection() as connection:
+        async with self._renewing, self._database.connection() as connection:
             # Reading afterwards: what drivers answer to an update differs.
             await connection.execute(f"UPDATE leases SET renewed_at = {self._clock} WHERE {where}", values)  # noqa: S608
             return await connection.fetch_one(f"SELECT 1 FROM leases WHERE {where}", values) is not None  # noqa: S608

@@ -165,3 +165,14 @@ async def test_many_at_once_never_share(database: Database) -> None:
     assert held == {lease_key(each.subnet): each.encode() for each in believed.values()}
     assert len({each.subnet for each in believed.values()}) == len(believed)
     assert (await stores[0]._ledger.content(stores[0].entries))[0].entries.keys() == held.keys()
+
+
+async def test_all_cells_renew_at_once(database: Database) -> None:
+    """As after an outage of the bus, while others acquire."""
+    leases = await store(database)
+    held = [await lease(leases, number) for number in range(1, 101)]
+    renewals = [leases.renew(each) for each in held for _ in range(3)]
+    fresh = [lease(leases, number) for number in range(101, 121)]
+    done = await asyncio.gather(*renewals, *fresh)
+    assert done[:300] == [True] * 300
+    assert len(await table(leases, database)) == 120
