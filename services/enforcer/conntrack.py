@@ -64,8 +64,8 @@ class Conntrack:
         self._socket.close()
 
     def flows(self, tag: int | None = None) -> Iterator[Flow]:
-        """All IPv4 entries, or those with this tag in the low 16 bits of the mark."""
-        return self._dump(b"" if tag is None else _tagged(tag))
+        """IPv4 entries with this tag in the low 16 bits of the mark, or with any."""
+        return self._dump(b"" if tag is None else _tagged(tag), tagged=True)
 
     def flows_to(self, address: IPv4Address, tag: int | None = None) -> Iterator[Flow]:
         """Entries opened to this address, with this tag in the low 16 bits of the mark."""
@@ -94,7 +94,7 @@ class Conntrack:
         concerned = [f for f in found.values() if address in (f.source, f.destination, f.answering)]
         return sum(self.delete(flow) for flow in concerned)
 
-    def _dump(self, body: bytes) -> Iterator[Flow]:
+    def _dump(self, body: bytes, *, tagged: bool = False) -> Iterator[Flow]:
         sequence = self._send(_GET, _REQUEST | _DUMP, body)
         while True:
             data = memoryview(self._socket.recv(1 << 18))
@@ -109,7 +109,7 @@ class Conntrack:
                     return
                 if kind == _ERROR:
                     _raise(message)
-                flow = _flow(message)
+                flow = _flow(message, tagged=tagged)
                 if flow is not None:
                     yield flow
 
@@ -164,24 +164,19 @@ def _attributes(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         position += (length + 3) & ~3
 
 
-def _flow(message: memoryview) -> Flow | None:
-    """An entry as the kernel dumps it; None for what is not an IPv4 flow."""
-    mark = 0
-    name = b""
-    original = answer = None
-    for kind, value in _attributes(message[len(_GENERIC) :]):
-        if kind == _TUPLE_ORIG:
-            original = _read_tuple(value)
-            name += _attribute(_TUPLE_ORIG | _NESTED, bytes(value))
-        elif kind == _TUPLE_REPLY:
-            answer = _read_tuple(value)
-        elif kind == _MARK:
-            mark = struct.unpack("!I", value)[0]
-        elif kind == _ZONE:
-            name += _attribute(_ZONE, bytes(value))
+def _flow(message: memoryview, *, tagged: bool) -> Flow | None:
+    """An entry as the kernel dumps it; None for what is not an IPv4 flow, or has no tag if it must be `tagged`."""
+    attributes = dict(_attributes(message[len(_GENERIC) :]))
+    mark = int.from_bytes(attributes.get(_MARK, b""), "big")
+    if (tagged and mark & TAG_MASK == 0) or _TUPLE_ORIG not in attributes or _TUPLE_REPLY not in attributes:
+        return None
+    original, answer = _read_tuple(attributes[_TUPLE_ORIG]), _read_tuple(attributes[_TUPLE_REPLY])
     if original is None or answer is None:
         return None
     source, destination, protocol, port = original
+    name = _attribute(_TUPLE_ORIG | _NESTED, bytes(attributes[_TUPLE_ORIG]))
+    if _ZONE in attributes:
+        name += _attribute(_ZONE, bytes(attributes[_ZONE]))
     return Flow(source, destination, answer[0], _PROTOCOLS.get(protocol, str(protocol)), port, mark, name)
 
 

@@ -62,15 +62,21 @@ class Dataplane:
         return self.kind
 
     def refresh(self) -> None:
-        """Look at all of the kernel anew."""
+        """Look at the kernel anew: at the sets, and at the tables unless their generation is the one noted."""
         before = nft_generation() if self.kind == "nft" else None
         self._tags.open()
         self._peers.open()
+        if before is not None and before == self._generation:
+            return
         self._v4.read()
         if self._v6 is not None:
             self._v6.read(("filter",))
         # A change while we read leaves the number higher than the one noted: the next look finds it.
         self._generation = before
+
+    def distrust(self) -> None:
+        """Believe nothing that was noted of the tables: the next `refresh` reads them all."""
+        self._generation = None
 
     def doubtful(self) -> bool:
         """Whether somebody else changed rules since we last looked. Cheap; always False on legacy tables."""
@@ -90,9 +96,11 @@ class Dataplane:
         members = self._apply_sets(plan)
         chains = self._write(plan.chains)
         self._note_unwanted(plan)
-        swept = self._flows.sweep(plan.flows)
-        if plan.complete:
-            self._flows.forget_strangers(plan.subnets, plan.tags.keys())
+        swept = Swept()
+        if chains or members or not plan.routine:
+            swept = self._flows.sweep(plan.flows)
+            if plan.complete:
+                self._flows.forget_strangers(plan.subnets, plan.tags.keys())
         for address in plan.released:
             self._flows.forget(address)
         if chains or plan.flows or plan.released:

@@ -68,11 +68,13 @@ class Plan:
     `families` of chains begin with the same name (an app's); of a family nothing is wanted but what it lists. In a
     `complete` plan nothing of ours is wanted but what `chains` and `tags` hold. A tag of None takes the address out of
     the set; `peers` None leaves that set alone. `subnets` are this cell's: a flow let in to an address there that no
-    container has is a dead container's, and a complete plan deletes it.
+    container has is a dead container's, and a complete plan deletes it. A `routine` one looks at flows only if rules
+    were not as planned.
     """
 
     revision: Revision
     complete: bool
+    routine: bool
     chains: Chains
     families: Mapping[str, frozenset[str]]
     tags: Mapping[IPv4Address, Tag | None]
@@ -114,6 +116,7 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
     return Plan(
         revision=model.revision,
         complete=everything,
+        routine=touched.routine,
         chains=chains,
         families=families,
         tags={address: model.tag_at(address) for address in addresses},

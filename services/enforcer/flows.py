@@ -67,9 +67,7 @@ class Flows:
         strangers = [
             flow
             for flow in self._conntrack.flows()
-            if flow.mark & TAG_MASK
-            and flow.destination not in known
-            and any(flow.destination in subnet for subnet in subnets)
+            if flow.destination not in known and any(flow.destination in subnet for subnet in subnets)
         ]
         return sum(self._conntrack.delete(flow) for flow in strangers)
 

@@ -4,7 +4,7 @@ import socket
 import struct
 
 _NETLINK_NETFILTER = 12
-_GETGEN = (10 << 8) | 16  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN
+_NEWGEN, _GETGEN = (10 << 8) | 15, (10 << 8) | 16  # NFNL_SUBSYS_NFTABLES; NFT_MSG_NEWGEN, NFT_MSG_GETGEN
 _REQUEST = 1
 _GEN_ID = 1  # NFTA_GEN_ID
 TIMEOUT = 5.0
@@ -20,7 +20,7 @@ def nft_generation() -> int | None:
             answer = netlink.recv(4096)
         except OSError:
             return None
-    if struct.unpack_from("=H", answer, 4)[0] & 0xFF != _GETGEN & 0xFF or len(answer) < 28:
+    if len(answer) < 28 or struct.unpack_from("=H", answer, 4)[0] != _NEWGEN:
         return None
     kind = struct.unpack_from("=H", answer, 22)[0]
     # The first attribute is the number, the one value of nfnetlink here in network byte order.

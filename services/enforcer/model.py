@@ -26,6 +26,8 @@ class Touched:
     """What may look different since the last apply."""
 
     everything: bool = False
+    routine: bool = False
+    """Everything only because it is time to look: no reason to look at flows unless rules prove different."""
     apps: dict[AppId, dict[Tag, bool]] = field(default_factory=lambda: defaultdict(dict))
     """Apps on this cell whose chains change, and the source tags by which: True if a port was taken away."""
     groups: set[IPv4Network] = field(default_factory=set)

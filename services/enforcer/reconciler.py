@@ -73,6 +73,7 @@ class Reconciler:
         self._look_again = False
         self._next_look = 0.0
         self._next_sweep = 0.0
+        self._other_kind_swept = False
         self.revision = Revision(0)
         """Of the policies, as the kernel has them."""
         self.applied_at: datetime | None = None
@@ -104,8 +105,7 @@ class Reconciler:
 
     def begin(self) -> None:
         """Both tables are usable: enforce."""
-        self._model.touched.everything = True
-        self._look_again = True
+        self._everything()
         self._usable.set()
         self._wake.set()
 
@@ -124,9 +124,14 @@ class Reconciler:
     async def sync(self) -> Revision:
         """One full pass over the kernel. Raises NotReady."""
         await self._until_usable()
-        self._model.touched.everything = True
-        self._look_again = True
+        self._everything()
         return await self._applied()
+
+    def _everything(self) -> None:
+        """Nothing is taken as known."""
+        self._dataplane.distrust()
+        self._look_again = True
+        self._model.touched.everything, self._model.touched.routine = True, False
 
     async def _until_usable(self) -> None:
         try:
@@ -151,7 +156,6 @@ class Reconciler:
         """Reconcile for ever."""
         await self._usable.wait()
         await self._try_pass()
-        await self._kernel.run(self._dataplane.sweep_other_kind)
         next_check = time.monotonic()
         while True:
             with suppress(TimeoutError):
@@ -168,9 +172,21 @@ class Reconciler:
         if now < self._next_look:
             return
         if self.problem is not None or now >= self._next_sweep or await self._kernel.run(self._dataplane.doubtful):
-            self._model.touched.everything = self._look_again = True
+            touched = self._model.touched
+            touched.routine = touched.routine or not touched.everything
+            touched.everything = self._look_again = True
         elif not self._wake.is_set():
+            await self._tidy()
+
+    async def _tidy(self) -> None:
+        """What can wait until nothing else is to be done, and until the rules are complete."""
+        try:
             await self._kernel.run(self._dataplane.prune)
+            if not self._other_kind_swept:
+                await self._kernel.run(self._dataplane.sweep_other_kind)
+                self._other_kind_swept = True
+        except KernelError as error:
+            log.warning("could not tidy up", extra=about(error=str(error)))
 
     async def _try_pass(self) -> None:
         """Passes until one succeeds; after some that failed, whoever waits is told, and the next check tries again."""
@@ -198,11 +214,14 @@ class Reconciler:
 
     async def _pass(self) -> None:
         """Take all that is touched, and make the kernel so. Raises KernelError, having put everything back."""
-        looked = self._look_again
+        looked, self._look_again = self._look_again, False
         began = time.monotonic()
         if looked:
-            await self._kernel.run(self._dataplane.refresh)
-            self._look_again = False
+            try:
+                await self._kernel.run(self._dataplane.refresh)
+            except BaseException:
+                self._everything()
+                raise
         self._wake.clear()
         waiting, self._waiting = self._waiting, []
         touched = self._model.take_touched()
@@ -216,7 +235,7 @@ class Reconciler:
                 self.revision = self._model.revision
                 REVISION.set(self.revision)
         except BaseException:
-            self._model.touched.everything = self._look_again = True
+            self._everything()
             self._model.touched.released |= touched.released - self._model.addresses()
             self._waiting[:0] = waiting
             raise

@@ -72,7 +72,6 @@ def to_ports(ports: Ports) -> str:
     return f"-p {ports.protocol} -m {ports.protocol} --dport {span}"
 
 
-UNTAGGED = tagged(0)
 TAGGED = f"-m mark ! --mark 0x0/{TAG_MASK:#x}"
 REVOKED = f"-m connmark --mark {DEAD:#x}/{DEAD:#x}"
 ESTABLISHED = "-m conntrack --ctstate RELATED,ESTABLISHED"

@@ -8,8 +8,11 @@ import pytest
 
 from bus.messages import AppId, Handle, Revision
 from bus.tables import Update
+from services.enforcer import iptables
+from services.enforcer.generation import nft_generation
+from services.enforcer.reconciler import NotReady
 from tests.enforcer.conftest import enforcing, tags, tcp, udp
-from tests.enforcer.world import Cell, Echo, dial, echoes, is_cut, until
+from tests.enforcer.world import Cell, Echo, dial, echoes, inside, is_cut, until
 
 pytestmark = pytest.mark.kernel
 KNOWN = tags(web=1, api=0x1234, db=3)
@@ -250,3 +253,42 @@ async def test_an_address_that_passes_to_another_app_keeps_no_flows(cell: Cell, 
         assert echoes(stream)
         await enforcer.reconciler.admit(replace(api.container, app=AppId("db")))
         assert is_cut(stream)
+
+
+async def test_what_somebody_changed_is_repaired_unasked(cell: Cell) -> None:
+    cell.box("web")
+    cell.box("api")
+    known = {**KNOWN, ("policy", "api", "web"): (tcp(8080),)}
+    async with enforcing(cell, "nft", known=known) as enforcer:
+        await enforcer.allow("api", "web", tcp(80))
+        assert inside(cell.name, nft_generation) is not None
+        assert not await enforcer.kernel.run(enforcer.reconciler._dataplane.doubtful), "our own writes are no drift"
+        before = cell.saved("nft")
+        cell.exec("iptables-nft -F sb-forward")
+        cell.exec("iptables-nft -D FORWARD 1")
+        cell.exec("iptables-nft -t raw -F PREROUTING")
+        await until(lambda: cell.saved("nft") == before)
+
+
+async def test_our_leftovers_of_the_other_kind_are_taken_out(cell: Cell, kind: str) -> None:
+    other = "legacy" if kind == "nft" else "nft"
+    cell.box("web")
+    cell.exec(f"iptables-{other} -A FORWARD -s 1.2.3.4 -j DROP")
+    async with enforcing(cell, other, known=KNOWN):
+        pass
+    async with enforcing(cell, kind, known=KNOWN):
+        await until(lambda: "sb-" not in cell.saved(other))
+    assert "-A FORWARD -s 1.2.3.4/32 -j DROP" in cell.saved(other)
+
+
+async def test_a_kernel_that_refuses_is_reported_and_tried_again(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    web, api = cell.box("web"), cell.box("api")
+    api.serve(8080)
+    async with enforcing(cell, "nft", known=KNOWN) as enforcer:
+        monkeypatch.setattr(iptables, "LOCK_WAIT", -1)
+        with pytest.raises(NotReady, match="iptables-nft-restore: exit"):
+            await enforcer.allow("web", "api", tcp(8080))
+        assert enforcer.reconciler.problem is not None
+        monkeypatch.undo()
+        await until(lambda: enforcer.reconciler.problem is None)
+        assert web.reaches(api, 8080)
