@@ -80,6 +80,7 @@ class Connection:
     _watchers: list[Callable[[], None]] = field(default_factory=list)
     _service: micro.Service | None = None
     _untried: list[str] = field(default_factory=list)
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
     _connected: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -229,7 +230,10 @@ class Connection:
                 self._client = None
                 self._connected.clear()
                 CONNECTED.set(0)
-                await _close(client)
+                # A client whose server hangs takes its time to close, and the next one need not wait for that.
+                closing = asyncio.create_task(_close(client))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
             log.warning("connection to NATS lost", extra=about(servers=self.servers))
             # A server that lets us in only to throw us out must not be asked again in a hot loop.
             short_lives = short_lives + 1 if time.monotonic() - begun < STABLE_SECONDS else 0
@@ -373,3 +377,4 @@ async def connect(
         keeper.cancel()
         with suppress(asyncio.CancelledError):
             await keeper
+        await asyncio.gather(*connection._closing)
