@@ -7,6 +7,7 @@ The host's end gets the container's handle as its alias with the last message of
 complete, and one without is what a crash left: it never carried traffic, because nobody was told of it.
 """
 
+import errno
 import re
 import socket
 from contextlib import suppress
@@ -16,7 +17,7 @@ from ipaddress import IPv4Address, IPv4Network
 from bus.failpoints import failpoint
 from bus.messages import Handle
 from services.silk.namespace import Namespace, write_sysctl
-from services.silk.netlink import Netlink
+from services.silk.netlink import Netlink, NetlinkError
 from services.silk.rtnetlink import (
     NOARP,
     PROTOCOL_BOOT,
@@ -111,11 +112,9 @@ class Links:
         """Delete a link, and so its other end. That it is gone already is no error."""
         try:
             self._netlink.run(delete_link(link.index, link.name))
-        except OSError:
-            with suppress(OSError):
-                socket.if_nametoindex(link.name)
+        except NetlinkError as error:
+            if error.errno != errno.ENODEV:
                 raise
-            return
 
 
 def is_attached(host: ContainerLink, namespace: Namespace, interface: str) -> bool | None:
