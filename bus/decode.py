@@ -4,6 +4,7 @@ Every field is taken with the type it must have; anything else raises `Malformed
 field. Unknown fields are ignored, so that a reader one minor version behind its writer works.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -40,6 +41,9 @@ class Fields:
         value: str = self._typed(name, str, "text")
         if not value:
             raise self.malformed(name, "must not be empty")
+        if "\0" in value or not _is_unicode(value):
+            # JSON can say both; neither can be a file's name, or go into every database or on the bus.
+            raise self.malformed(name, "must be Unicode text without NUL")
         if len(value) > max_length:
             raise self.malformed(name, f"is longer than {max_length} characters")
         return value
@@ -54,7 +58,13 @@ class Fields:
         return value
 
     def number(self, name: str) -> float:
-        return float(self._typed(name, (int, float), "a number"))
+        try:
+            value = float(self._typed(name, (int, float), "a number"))
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise self.malformed(name, "must be a finite number")
+        return value
 
     def flag(self, name: str) -> bool:
         return bool(self._typed(name, bool, "true or false"))
@@ -84,6 +94,15 @@ class Fields:
             return IPv4Network(value)
         except ValueError:
             raise self.malformed(name, f"not an IPv4 network: {value!r}") from None
+
+
+def _is_unicode(value: str) -> bool:
+    """Whether it is without halves of surrogate pairs."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: object) -> str:

@@ -8,6 +8,9 @@ CLOCK_BOOTTIME), looks at `ask_at`, and asks the centre when that time has come.
                a lower one three times running: the database was restored, take the whole table
     silence    of three heartbeats: ask
     answer     applied as a whole; live changes that came while a whole table loads wait for it
+
+Within an epoch a replica goes back to a lower revision only while heartbeats keep saying that the database was
+restored: one answer of a server that lags behind must not bring a revoked policy back.
 """
 
 import logging
@@ -91,6 +94,7 @@ class Follower(Generic[V]):
         self._loading_whole = False
         self._failures = 0
         self._lower = 0
+        self._unfilled = 0
         self._waiting: dict[int, tuple[str, Changes]] = {}
         if content is not None and not self._stale(now):
             self._become(content)
@@ -138,6 +142,7 @@ class Follower(Generic[V]):
     def on_connect(self, now: float) -> None:
         """The bus is there (again): what was said meanwhile was missed."""
         self._failures = 0
+        self.ask_at = None  # who has waited for the bus need wait no longer
         self._want("connected", now, 0 if self.state is State.STARTING else JITTER_SECONDS)
 
     def tick(self, now: float) -> None:
@@ -160,10 +165,9 @@ class Follower(Generic[V]):
     def begin_ask(self) -> Ask:
         """What to ask now. `on_answer` or `on_no_answer` must follow."""
         self.ask_at = None
-        self._loading_whole = self._whole
+        self._loading_whole = self._whole or not self.content.epoch
         self._whole = False
-        since = -1 if self._loading_whole or not self.content.epoch else self.revision
-        return Ask(self.content.epoch, since)
+        return Ask(self.content.epoch, -1 if self._loading_whole else self.revision)
 
     def on_no_answer(self, now: float) -> None:
         self._whole = self._whole or self._loading_whole
@@ -175,14 +179,20 @@ class Follower(Generic[V]):
         self.ask_at = now + wait * random.uniform(0.5, 1)  # noqa: S311 (spreads load, keeps no secret)
 
     def on_answer(self, head: Fields, data: bytes, now: float) -> None:
-        """A complete answer: the head of its parts, and their data uncompressed. Raises Malformed."""
-        whole, self._loading_whole = self._loading_whole, False
+        """A complete answer: the head of its parts, and their data uncompressed. Raises Malformed.
+
+        `age` in the head is how many seconds ago the server last found its own state equal to the database's.
+        """
+        self._loading_whole = False
         self._heard(now)
         self._failures = 0
         kind, epoch = head.text("kind"), head.text("epoch")
         revision, digest = Revision(head.integer("revision")), head.data("digest")
+        seen_at = now - (max(0.0, head.number("age")) if "age" in head else 0.0)
+        if now - seen_at > self._max_stale:
+            return  # as from a cache that is too old
         if kind == "snapshot":
-            self._on_snapshot(epoch, revision, digest, data, whole, now)
+            self._on_snapshot(epoch, revision, digest, data, seen_at, now)
         elif kind in ("changes", "current"):
             if epoch != self.content.epoch:
                 self._want("epoch", now, whole=True)
@@ -192,24 +202,31 @@ class Follower(Generic[V]):
                 if digest != self.content.digest:
                     self._want("digest", now, whole=True)
                 else:
-                    self._confirm(now)
+                    self._confirm(now, seen_at)
         else:
             raise head.malformed("kind", f"unknown: {kind!r}")
-        self._take_waiting(now)
+        self._take_waiting(now, answered=True)
 
-    def _on_snapshot(self, epoch: str, revision: Revision, digest: bytes, data: bytes, whole: bool, now: float) -> None:
-        if epoch == self.content.epoch and revision < self.revision and not whole:
-            return  # live changes have overtaken it
+    def _on_snapshot(
+        self, epoch: str, revision: Revision, digest: bytes, data: bytes, seen_at: float, now: float
+    ) -> None:
+        restored = self._lower >= LOWER_HEARTBEATS
+        if epoch == self.content.epoch and revision < self.revision and not restored:
+            return  # live changes have overtaken it, or its server lags behind
         changes = as_changes(unpack(data, "snapshot"))
         content = Content.of(epoch, revision, {key: value for key, value in changes if value is not None})
         if content.digest != digest:
             raise Malformed(f"snapshot of {self.table.name} at {revision}: the digest does not fit the entries")
         self._become(content)
         self._lower = 0
-        self._confirm(now)
+        self._confirm(now, seen_at)
 
-    def _take_waiting(self, now: float) -> None:
-        """Apply the kept changes that now follow; ask, a little later, if some are left."""
+    def _take_waiting(self, now: float, *, answered: bool = False) -> None:
+        """Apply the kept changes that now follow; ask, a little later, if some are left.
+
+        `answered`: a server has just said all it knows. It may lag by a heartbeat; what still does not follow then is
+        of a history that is no more, and asking for what is before it would go on for ever.
+        """
         while (following := self._waiting.pop(self.revision + 1, None)) is not None:
             epoch, changes = following
             if epoch == self.content.epoch:
@@ -217,8 +234,11 @@ class Follower(Generic[V]):
                 self._confirm(now)
         here = self.content.epoch
         self._waiting = {r: kept for r, kept in self._waiting.items() if r > self.revision or kept[0] != here}
-        if self._waiting:
-            self._want("gap", now, GAP_SECONDS)
+        self._unfilled = self._unfilled + answered if self._waiting else 0
+        if self._unfilled > 1:
+            self._waiting.clear()
+        elif self._waiting:
+            self._want("gap", now, HEARTBEAT_SECONDS if answered else GAP_SECONDS)
 
     def _become(self, content: Content) -> None:
         """Take this content; listeners get the difference."""
@@ -250,13 +270,19 @@ class Follower(Generic[V]):
             log.error("entry refused", extra=self._about(key=list(key), error=str(error)))
             return None
 
-    def _confirm(self, now: float) -> None:
-        self.confirmed_at = now
-        if self.state is not State.LIVE:
+    def _confirm(self, now: float, seen_at: float | None = None) -> None:
+        """What the replica holds was what the database holds at `seen_at`, or is now."""
+        seen_at = now if seen_at is None else seen_at
+        self.confirmed_at = seen_at if self.confirmed_at is None else max(self.confirmed_at, seen_at)
+        if self.state is not State.LIVE and now - seen_at <= SILENCE_SECONDS:
             log.info("in sync with the centre", extra=self._about())
             self.state = State.LIVE
 
     def _heard(self, now: float) -> None:
+        if now - self._heard_at > SILENCE_SECONDS and self.ask_at is not None:
+            # The centre is back: who waits long before asking again, since nobody answered, need not.
+            self._failures = 0
+            self.ask_at = min(self.ask_at, now + random.uniform(0, JITTER_SECONDS))  # noqa: S311 (as below)
         self._heard_at = now
 
     def _stale(self, now: float) -> bool:
@@ -264,10 +290,12 @@ class Follower(Generic[V]):
 
     def _want(self, reason: str, now: float, delay: float = 0.0, *, whole: bool = False) -> None:
         """Ask soon, unless that is already arranged."""
+        if self._loading_whole:
+            return  # what comes is compared with the next heartbeat anyway
         if whole and not self._whole:
             self._waiting.clear()
         self._whole = self._whole or whole
-        if self.ask_at is not None or self._loading_whole:
+        if self.ask_at is not None:
             return
         RESYNCS.labels(self.table.name, reason).inc()
         log.info("asking the centre", extra=self._about(reason=reason))

@@ -1,7 +1,7 @@
 """A table's name and types, its content, and its digest."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -46,8 +46,10 @@ def as_key(value: object) -> Key:
     raise Malformed(f"table key: must be a list of texts, not {value!r}")
 
 
-def as_changes(value: Iterable[object]) -> Changes:
-    """Changes as they travel: [[key, packed value or None]…]."""
+def as_changes(value: object) -> Changes:
+    """Changes as they travel: [[key, packed value or None]…]. Raises Malformed."""
+    if not isinstance(value, (list, tuple)):
+        raise Malformed(f"table changes: must be a list, not {type(value).__name__}")
     changes: list[tuple[Key, bytes | None]] = []
     for item in value:
         match item:
