@@ -19,11 +19,13 @@ def main(argv: Sequence[str]) -> int:
     """The command; `argv` without its name. Answers the exit status."""
     options = _parser().parse_args(argv)
     try:
-        status: int = options.command(options, Terminal())
+        with lifecycle.interruptible():
+            status: int = options.command(options, Terminal())
     except (LabError, NotReady, CommandFailed, OSError) as error:
         print(f"silkbus lab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("silkbus lab: interrupted", file=sys.stderr)
         return 130
     return status
 

@@ -81,15 +81,18 @@ def call_plugin(layout: Layout, command: str, handle: str, guid: str, cell: str)
     }
     identity = {"policy_group_id": guid, "app_id": guid, "space_id": "lab", "org_id": "lab"}
     config = {"cniVersion": "1.0.0", "name": "silkbus", "type": "silkbus-cni", "metadata": identity}
-    done = subprocess.run(  # noqa: S603 (the plugin just installed, no shell)
-        [str(folder / "silkbus-cni")],
-        input=json.dumps(config),
-        env=dict(environment),
-        capture_output=True,
-        text=True,
-        timeout=CNI_TIMEOUT,
-        check=False,
-    )
+    try:
+        done = subprocess.run(  # noqa: S603 (the plugin just installed, no shell)
+            [str(folder / "silkbus-cni")],
+            input=json.dumps(config),
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=CNI_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CniError(handle, command, None, f"no answer within {CNI_TIMEOUT:g} s") from None
     try:
         answer: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {}
     except ValueError:

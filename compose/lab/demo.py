@@ -6,10 +6,8 @@ every cell of every matrix was as expected and the host is as it was, 1 if not, 
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from compose.lab import host, latency, lifecycle, matrix
 from compose.lab.calls import GatewayError
@@ -57,21 +55,15 @@ def main(argv: Sequence[str]) -> int:
     if options.rounds < 1:
         parser.error("--rounds: must be at least 1")
     terminal = Terminal()
-    before_term = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(terminal, options)
+        with lifecycle.interruptible():
+            return _run(terminal, options)
     except Errors as error:
         print(f"silkbus demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("silkbus demo: interrupted; the lab is removed", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before_term)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _run(terminal: Terminal, options: argparse.Namespace) -> int:
@@ -103,7 +95,7 @@ def _show(demo: Lab, terminal: Terminal, steps: Steps, rounds: int, *, sabotage:
     """The demo itself: what was not as expected, a line each."""
     apps: list[App] = []
     for app, cells in APPS.items():
-        steps.begin(f"{app}: a container on each of {', '.join(cells)}")
+        steps.begin(f"{app} on {', '.join(cells)}")
         apps += demo.run_app(app, cells)
     steps.end()
     times = sorted(app.add_seconds * 1000 for app in apps)

@@ -201,14 +201,13 @@ class Lab:
     def cli(self, *arguments: str) -> str:
         """Run the real `silkbus` command against this lab; its output. Raises LabError if it fails."""
         environment = {**os.environ, **self.cli_environment()}
-        done = subprocess.run(  # noqa: S603 (our own command, no shell)
-            [services.program("silkbus"), *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=CLI_TIMEOUT,
-            check=False,
-        )
+        command = [services.program("silkbus"), *arguments]
+        try:
+            done = subprocess.run(  # noqa: S603 (our own command, no shell)
+                command, env=environment, capture_output=True, text=True, timeout=CLI_TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise LabError(f"silkbus {' '.join(arguments)}: did not end within {CLI_TIMEOUT:g} s") from None
         if done.returncode != 0:
             raise LabError(f"silkbus {' '.join(arguments)}: {(done.stderr + done.stdout).strip()}")
         return done.stdout

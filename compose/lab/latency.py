@@ -90,7 +90,7 @@ def table(timings: Sequence[Timing]) -> list[str]:
         lines.append(f"  {what:38} {pair:12} {numbers}")
     gaps = [timing.gap * 1000 for timing in timings]
     lines.append(
-        f"  (each probe from a new source port; the one before it was {statistics.median(gaps):.1f} ms earlier, "
-        f"at most {max(gaps):.1f} ms)"
+        f"  (probes from a new source port each; the one before that which saw the change was begun "
+        f"{statistics.median(gaps):.1f} ms earlier, at most {max(gaps):.1f} ms)"
     )
     return lines

@@ -9,20 +9,26 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 from compose.lab import namespaces
 from compose.lab.lab import Lab, Report
 from compose.lab.state import LabError, Layout, State, forget, known, locked
 
 MAX_CELLS = 100
+SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def requirements() -> None:
     """Raise LabError, naming all of it, if this machine or user cannot have a lab."""
-    missing = [name for name in ("ip", "iptables-restore", "iptables-save", "ipset") if shutil.which(name) is None]
     if os.geteuid() != 0:
         raise LabError("a lab needs root (for network namespaces): run it with sudo")
+    # Who became root by `su` may have a PATH without these.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *SYSTEM_FOLDERS])
+    missing = [name for name in ("ip", "iptables-restore", "iptables-save", "ipset") if shutil.which(name) is None]
     if missing:
         raise LabError(
             f"a lab needs programs that are missing: {', '.join(missing)}; on Debian and Ubuntu: "
@@ -103,14 +109,29 @@ def opened(name: str) -> Iterator[Lab]:
         yield Lab(layout, state)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Whatever asks this process to end raises KeyboardInterrupt while inside, so that a lab is removed first."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = [signal.signal(number, interrupt) for number in ENDING]
+    try:
+        yield
+    finally:
+        for number, handler in zip(ENDING, before, strict=True):
+            signal.signal(number, handler)
+
+
 def _undisturbed(work: Callable[[], None]) -> None:
     """Do `work` to its end: a second Ctrl-C must not leave half of a lab."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which is the only one that Ctrl-C interrupts
+    if threading.current_thread() is not threading.main_thread():  # no other is ever interrupted
         work()
         return
+    before = [signal.signal(number, signal.SIG_IGN) for number in ENDING]
     try:
         work()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(ENDING, before, strict=True):
+            signal.signal(number, handler)

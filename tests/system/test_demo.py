@@ -69,7 +69,7 @@ def test_a_wrong_verdict_is_noticed():
     assert namespaces.names(f"sb-{NAME}-") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(number):
     process = started("the centre")
     time.sleep(0.3)
