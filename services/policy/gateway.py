@@ -10,7 +10,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prometheus_client import Counter, Histogram
@@ -26,9 +27,10 @@ from bus.local import Health
 from bus.log import about
 from bus.messages import Policy, Revision
 from services.policy import wire_v1
-from services.policy.store import Filter, Store
+from services.policy.access import Access, Forbidden, is_admin
+from services.policy.identity import ADMIN, WRITE, Authenticator, Identity, Unavailable
+from services.policy.store import Filter, QuotaExceeded, Store
 from services.policy.tag_pool import TagsExhausted
-from services.policy.tokens import ADMIN, WRITE, Identity, TokenFile
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,9 @@ MAX_DRAINED = 64 << 20
 """A body that is too long is still read, up to here: a client sees our answer only once it has written its request."""
 BODY_TIMEOUT = 60.0
 CHECK_TIMEOUT = 5.0
+RETRY_AFTER = 5
+"""Seconds after which a client may try again when something we depend on is away."""
+NOBODY = Identity(subject="", user="", scopes=())
 VERSIONS = ("v1",)
 
 REQUESTS = Histogram("silkbus_api_request_seconds", "Time to answer", ["route", "status"])
@@ -61,11 +66,11 @@ class ApiError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request that passed the steps before its handler."""
+    """A request that passed the steps before its handler. `identity` is NOBODY where no token is needed."""
 
     request: Request
     request_id: str
-    user: str
+    identity: Identity
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -88,11 +93,25 @@ register_url_convertor("version", _Version())
 
 
 class Gateway:
-    """The handlers. `bus_connected` says whether changes are published as they are made."""
+    """The handlers.
 
-    def __init__(self, store: Store, tokens: TokenFile, bus_connected: Callable[[], bool]) -> None:
+    `max_policies` is how many policies one source app may have, as far as those who are no admins can add to them.
+    `bus_connected` says whether changes are published as they are made.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        authenticator: Authenticator,
+        access: Access,
+        *,
+        max_policies: int,
+        bus_connected: Callable[[], bool],
+    ) -> None:
         self._store = store
-        self._tokens = tokens
+        self._authenticator = authenticator
+        self._access = access
+        self._max_policies = max_policies
         self._bus_connected = bus_connected
         self._started = time.monotonic()
 
@@ -140,8 +159,8 @@ class Gateway:
             version = request.path_params.get("version", VERSIONS[0])
             if version not in VERSIONS:
                 raise ApiError(406, f"api version '{version}' not supported")
-            user = self._authorise(request, operation.scopes).user if operation.scopes else ""
-            response = await operation.handler(Call(request, own_id, user))
+            identity = await self._authorise(request, operation.scopes) if operation.scopes else NOBODY
+            response = await operation.handler(Call(request, own_id, identity))
         except ApiError as error:
             response = _error(error, operation.name, request_id)
         except Exception as error:
@@ -153,19 +172,16 @@ class Gateway:
         REQUESTS.labels(operation.name, response.status_code).observe(time.monotonic() - started)
         return response
 
-    def _authorise(self, request: Request, scopes: tuple[str, ...]) -> Identity:
+    async def _authorise(self, request: Request, scopes: tuple[str, ...]) -> Identity:
         header = request.headers.get("authorization", "")
         if not header:
             raise ApiError(401, "missing authorization header", {"WWW-Authenticate": "Bearer"})
-        identity = self._tokens.verify(header.removeprefix("Bearer ").removeprefix("bearer "))
-        if identity is None:
-            raise ApiError(401, "failed to verify token with uaa", {"WWW-Authenticate": "Bearer"})
-        if not set(scopes) & set(identity.scopes):
-            given, allowed = " ".join(identity.scopes), " ".join(scopes)
-            raise ApiError(403, f"provided scopes [{given}] do not include allowed scopes [{allowed}]")
-        if ADMIN not in identity.scopes:
-            # Space developers may touch their spaces' apps; nobody here knows which those are, so none.
-            raise ApiError(403, "one or more applications cannot be found or accessed")
+        refused = "failed to verify token with uaa"
+        with _answering(refused):
+            identity = await self._authenticator.verify(header.removeprefix("Bearer ").removeprefix("bearer "))
+            if identity is None:
+                raise ApiError(401, refused, {"WWW-Authenticate": "Bearer"})
+            self._access.check_scopes(identity, scopes)
         return identity
 
     async def _uptime(self, _: Call) -> Response:
@@ -185,8 +201,15 @@ class Gateway:
 
     async def _create(self, call: Call) -> Response:
         policies = await self._policies(call, too_long="failed reading request body")
+        with _answering("check access failed"):
+            await self._access.check_change(call.identity, policies)
+        quota = None if is_admin(call.identity) else self._max_policies
         try:
-            revision = await self._store.create(policies, actor=call.user, request_id=call.request_id)
+            revision = await self._store.create(
+                policies, actor=call.identity.user, request_id=call.request_id, quota=quota
+            )
+        except QuotaExceeded as error:
+            raise ApiError(403, "policy quota exceeded") from error
         except TagsExhausted as error:
             raise ApiError(500, f"database create failed: {error}") from error
         except Exception as error:
@@ -196,8 +219,10 @@ class Gateway:
 
     async def _delete(self, call: Call) -> Response:
         policies = await self._policies(call, too_long="invalid request body")
+        with _answering("check access failed"):
+            await self._access.check_change(call.identity, policies)
         try:
-            revision = await self._store.delete(policies, actor=call.user, request_id=call.request_id)
+            revision = await self._store.delete(policies, actor=call.identity.user, request_id=call.request_id)
         except Exception as error:
             log.exception("delete failed", extra=about(request=call.request_id))
             raise ApiError(500, "database delete failed") from error
@@ -209,6 +234,8 @@ class Gateway:
         except Exception as error:
             log.exception("list failed", extra=about(request=call.request_id))
             raise ApiError(500, "database read failed") from error
+        with _answering("filter policies failed"):
+            policies = await self._access.visible(call.identity, policies)
         return Response(wire_v1.encode(policies), media_type="application/json")
 
     async def _policies(self, call: Call, *, too_long: str) -> list[Policy]:
@@ -230,6 +257,19 @@ class Gateway:
             log.warning("the database does not answer", extra=about(error=repr(error)))
             return repr(error)
         return None
+
+
+@contextmanager
+def _answering(failed: str) -> Iterator[None]:
+    """Make refusals the answers they are; `failed` names the step when nobody can say whether to refuse."""
+    try:
+        yield
+    except Forbidden as error:
+        raise ApiError(403, str(error)) from None
+    except Unavailable as error:
+        # Neither 401 nor 403: clients would throw a good token away, or take for final what is over in a minute.
+        text = f"{failed}: {error}; try again shortly, and tell the operator if it lasts"
+        raise ApiError(503, text, {"Retry-After": str(RETRY_AFTER)}) from error
 
 
 async def _body(request: Request) -> bytes | None:

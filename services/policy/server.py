@@ -28,6 +28,7 @@ from bus.log import about, setup
 from bus.process import run
 from bus.settings import CentralSettings, from_command_line, setting
 from bus.tables import POLICIES, Publisher
+from services.policy.access import Access
 from services.policy.gateway import Gateway
 from services.policy.schema import MIGRATIONS
 from services.policy.store import Store, entries
@@ -90,7 +91,13 @@ async def serve(settings: PolicySettings) -> None:
                 relay.wake()
 
             pool = TagPool(rest=settings.max_stale + REST_MARGIN, clock=time.time)
-            gateway = Gateway(Store(ledger, pool, committed), tokens, lambda: connection.connected)
+            gateway = Gateway(
+                Store(ledger, pool, committed),
+                tokens,
+                Access(None),
+                max_policies=150,
+                bus_connected=lambda: connection.connected,
+            )
             async with serving(gateway.application(), listener):
                 host, port = listener.getsockname()[:2]
                 log.info(

@@ -6,7 +6,7 @@ the tag of each app that is in any policy. The number of statements grows with t
 """
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,10 @@ class Filter:
         )
 
 
+class QuotaExceeded(Exception):
+    """A source app would have more policies than it may."""
+
+
 class Store:
     """The policies. `committed` is told of each change once it is durable, and must not block."""
 
@@ -61,15 +65,18 @@ class Store:
         self._tags = tag_pool
         self._committed = committed
 
-    async def create(self, wanted: Iterable[Policy], *, actor: str, request_id: str | None = None) -> Revision:
+    async def create(
+        self, wanted: Iterable[Policy], *, actor: str, request_id: str | None = None, quota: int | None = None
+    ) -> Revision:
         """Add the policies that are not there yet, all or none; the revision that has them.
 
-        Raises TagsExhausted, or what the database raises.
+        `quota` is how many policies a source app may have that gets a new one. Raises QuotaExceeded, TagsExhausted, or
+        what the database raises.
         """
         requested = list(dict.fromkeys(wanted))
 
         async def work(change: Change) -> None:
-            await self._create(change, requested)
+            await self._create(change, requested, quota)
 
         return await self._change("created-policies", work, requested, actor, request_id)
 
@@ -115,11 +122,13 @@ class Store:
         log.info(done, extra=about(policies=len(requested), user=actor, revision=outcome.revision))
         return outcome.revision
 
-    async def _create(self, change: Change, requested: Sequence[Policy]) -> None:
+    async def _create(self, change: Change, requested: Sequence[Policy], quota: int | None) -> None:
         present = await _rows(change.database, requested)
         new = [policy for policy in requested if policy not in present]
         if not new:
             return
+        if quota is not None:
+            await _check_quota(change.database, new, quota)
         apps = list(dict.fromkeys(app for policy in new for app in (policy.source, policy.destination)))
         for app, tag in (await self._tags.take(change.database, apps)).items():
             change.put(tag_key(app), tag)
@@ -180,6 +189,18 @@ async def _rows(database: DatabaseConnection, requested: Iterable[Policy]) -> di
         query = sql.select(*_COLUMNS).where(sql.or_(*same))
         present.update({_policy(row): row["id"] for row in await database.fetch_all(query)})
     return present
+
+
+async def _check_quota(database: DatabaseConnection, new: Iterable[Policy], quota: int) -> None:
+    """Raises QuotaExceeded. Exact because it is asked under the head's lock: nobody else adds policies meanwhile."""
+    added = Counter(policy.source for policy in new)
+    for chunk in chunks(added):
+        counted = sql.select(policies.c.source, sql.func.count().label("count")).where(policies.c.source.in_(chunk))
+        rows = await database.fetch_all(counted.group_by(policies.c.source))
+        present = {AppId(row["source"]): int(row["count"]) for row in rows}
+        for source in chunk:
+            if present.get(source, 0) + added[source] > quota:
+                raise QuotaExceeded(f"{source} would have {present.get(source, 0) + added[source]} of {quota} policies")
 
 
 async def _used(database: DatabaseConnection, apps: Iterable[AppId]) -> set[AppId]:

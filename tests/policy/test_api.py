@@ -213,7 +213,12 @@ def test_order_of_the_checks(standing_server: PolicyServer) -> None:
 
 def test_a_developer_is_refused_while_nobody_knows_the_spaces(standing_server: PolicyServer) -> None:
     with standing_server.client(WRITE_TOKEN) as developer:
-        for answer in (developer.get(POLICIES), developer.post(POLICIES), developer.post(DELETE)):
+        content = body(policy("a", "b"))
+        for answer in (
+            developer.get(POLICIES),
+            developer.post(POLICIES, json=content),
+            developer.post(DELETE, json=content),
+        ):
             refused(answer, 403, "one or more applications cannot be found or accessed")
 
 
