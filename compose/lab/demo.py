@@ -140,8 +140,9 @@ def _cli(demo: Lab, terminal: Terminal, command: str, policy: Allowed) -> None:
 def _matrix(demo: Lab, terminal: Terminal, title: str, apps: Sequence[App], expected: Sequence[Allowed]) -> list[str]:
     """Take and show the matrix once every cell has the last change: what was not as expected."""
     demo.settle(demo.gateway().revision())
-    terminal.title(
-        f"{title}: who (row) opens a TCP connection to whom (column), on port {' or '.join(map(str, PORTS))}"
+    terminal.title(title)
+    terminal.line(
+        f"  who (row) opens a TCP connection to whom (column), on which of ports {', '.join(map(str, PORTS))}"
     )
     with terminal.step(f"trying {len(apps) * (len(apps) - 1) * len(PORTS)} connections"):
         seen = matrix.take(apps)

@@ -95,19 +95,16 @@ def render(matrix: Matrix, allowed: Iterable[Allowed] | None, terminal: Terminal
     """
     rules = None if allowed is None else list(allowed)
     label = max(len(app.handle) for app in matrix.apps)
-    cell = max(len(app.cell) for app in matrix.apps)
-    widths = [max(len(app.handle), len(app.cell), 5 * len(matrix.ports)) + 1 for app in matrix.apps]
-    indent = " " * (label + cell + 5)
+    widths = [max(len(app.handle), len(app.cell), 5) + 1 for app in matrix.apps]
+    indent = " " * (label + 4)
     columns = list(zip(matrix.apps, widths, strict=True))
     lines = [
-        indent + "".join(app.handle.ljust(width) for app, width in columns),
-        indent + terminal.paint("".join(app.cell.ljust(width) for app, width in columns), "dim"),
+        (indent + "".join(app.handle.ljust(width) for app, width in columns)).rstrip(),
+        indent + terminal.paint("".join(app.cell.ljust(width) for app, width in columns).rstrip(), "dim"),
     ]
     for source in matrix.apps:
-        text = f"  {source.handle.ljust(label)} {terminal.paint(source.cell.ljust(cell), 'dim')}  "
-        for destination, width in columns:
-            text += _entry(matrix, source, destination, rules, terminal, width)
-        lines.append(text.rstrip())
+        entries = (_entry(matrix, source, destination, rules, terminal, width) for destination, width in columns)
+        lines.append(f"  {source.handle.ljust(label)}  {''.join(entries)}".rstrip())
     return lines
 
 
@@ -118,7 +115,7 @@ def _entry(
         return terminal.paint("-".ljust(width), "dim")
     pairs = [Pair(source, destination, port) for port in matrix.ports]
     opened = [str(pair.port) for pair in pairs if matrix.outcome(pair).accepted]
-    text = ",".join(opened) or "."
+    text = "all" if len(opened) == len(pairs) > 1 else ",".join(opened) or "."
     if rules is not None and any(matrix.problem(pair, rules) for pair in pairs):
         return terminal.paint(f"{text}!", "red") + " " * (width - len(text) - 1)
     return terminal.paint(text.ljust(width), "green" if opened else "dim")

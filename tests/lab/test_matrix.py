@@ -55,16 +55,16 @@ def test_a_range_allows_each_of_its_ports():
 def test_plain_rendering():
     lines = render(seen(web_db_8080=Outcome("accepted", "db-0")), ALLOWED, Terminal())
     assert lines == [
-        "                web-0      db-0       ",
-        "                cell-1     cell-2     ",
-        "  web-0 cell-1  -          8080",
-        "  db-0  cell-2  .          -",
+        "         web-0  db-0",
+        "         cell-1 cell-2",
+        "  web-0  -      8080",
+        "  db-0   .      -",
     ]
 
 
 def test_what_is_wrong_is_marked():
     lines = render(seen(db_web_9090=Outcome("accepted", "web-0")), ALLOWED, Terminal())
-    assert lines[2:] == ["  web-0 cell-1  -          .!", "  db-0  cell-2  9090!      -"]
+    assert lines[2:] == ["  web-0  -      .!", "  db-0   9090!  -"]
     assert "!" not in "".join(render(seen(), None, Terminal()))
 
 
