@@ -86,12 +86,8 @@ def central(role: str) -> User:
             ),
             Grant("events, which the stream takes in", (subjects.event(table, ">"),)),
             Grant(
-                "the relay keeps the stream, and looks what its last message is",
-                (
-                    *(f"$JS.API.STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE", "INFO", "MSG.GET", "PURGE")),
-                    f"$JS.API.DIRECT.GET.{stream}",
-                    f"$JS.API.DIRECT.GET.{stream}.>",
-                ),
+                "the relay makes the stream, and looks what its last messages are",
+                tuple(f"$JS.API.STREAM.{verb}.{stream}" for verb in ("CREATE", "INFO", "MSG.GET")),
             ),
             Grant(
                 "the relay makes the consumers of the readers",

@@ -45,9 +45,9 @@ async def entries(connection: DatabaseConnection) -> Mapping[Key, Any]:
 class Notes:
     """The service that owns the table."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, table: str = TABLE.name) -> None:
         self.database = database
-        self.ledger = Ledger(database, "notes")
+        self.ledger = Ledger(database, table)
 
     async def migrate(self) -> None:
         await self.ledger.migrate([("notes-1", [NOTES])])
@@ -92,7 +92,7 @@ async def centre(
     nats: str, url: str, *, table: Table[str] = TABLE, role: str = "server", credentials: Credentials | None = None
 ) -> AsyncIterator[Centre]:
     async with AsyncExitStack() as stack:
-        notes = Notes(await stack.enter_async_context(open_database(url)))
+        notes = Notes(await stack.enter_async_context(open_database(url)), table.name)
         await notes.migrate()
         connection = await stack.enter_async_context(connect(nats, role=role, name="notes", credentials=credentials))
         publisher = Publisher(connection, notes.ledger, table, entries)
