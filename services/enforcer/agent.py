@@ -105,7 +105,9 @@ async def serve(settings: EnforcerSettings) -> None:
     try:
         await reconciler.open()
         reconciler.restore(await kernel.run(recorded, Records(settings.containers_dir)))
-        async with connect(settings.nats, role="cell", name=settings.cell) as connection:
+        async with connect(
+            settings.nats, role="cell", name=settings.cell, credentials=settings.nats_credentials
+        ) as connection:
             policies = Replica(connection, POLICIES, cache=settings.cache("policies", "enforcer"))
             leases = Replica(connection, LEASES, cache=settings.cache("leases", "enforcer"))
             policies.listen(reconciler.update_policies)

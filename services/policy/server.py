@@ -78,7 +78,9 @@ async def serve(settings: PolicySettings) -> None:
     with listening(settings.listen) as listener:
         async with (
             open_ledger(settings.database) as ledger,
-            connect(settings.nats, role="policy-server", name=_instance()) as connection,
+            connect(
+                settings.nats, role="policy-server", name=_instance(), credentials=settings.nats_credentials
+            ) as connection,
             asyncio.TaskGroup() as tasks,
         ):
             publisher = Publisher(connection, ledger, POLICIES, entries)

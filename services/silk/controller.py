@@ -106,7 +106,9 @@ async def control(settings: ControllerSettings) -> None:
         ledger = Ledger(database, LEASES.name)
         await ledger.migrate(MIGRATIONS)
         store = LeaseStore(ledger, settings.overlay_network, settings.subnet_prefix_length, settings.lease_expiry)
-        async with connect(settings.nats, role="silk-controller", name="central") as connection:
+        async with connect(
+            settings.nats, role="silk-controller", name="central", credentials=settings.nats_credentials
+        ) as connection:
             publisher = Publisher(connection, ledger, LEASES, store.entries)
             relay = Relay(connection, ledger, readers=settings.event_readers, replicas=settings.event_replicas)
             controller = Controller(store, publisher, relay, settings.lease_expiry)

@@ -18,7 +18,7 @@ async def work(settings: WorkerSettings) -> None:
     name = cell_name(settings.cell)
     kernel = KernelThread("silk-kernel")
     try:
-        async with connect(settings.nats, role="cell", name=name) as connection:
+        async with connect(settings.nats, role="cell", name=name, credentials=settings.nats_credentials) as connection:
             client = LeaseClient(connection, name, settings.underlay, settings.overlay_network)
             replica = Replica(connection, LEASES, cache=settings.cache(LEASES.name, "silk"))
             cell = Cell(settings, client, replica, kernel)
