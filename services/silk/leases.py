@@ -130,6 +130,8 @@ class LeaseStore:
             return own
         if own is not None:
             await self._remove(change, own)
+            if not keep:
+                change.event("lease.released", lease_key(own.subnet), own.encode())
         subnet = own.subnet if own is not None and keep else await self._free(change)
         lease = Lease(subnet, cell, underlay, vtep_mac(subnet))
         await change.database.execute("DELETE FROM former_leases WHERE subnet = :subnet", {"subnet": str(subnet)})
