@@ -164,7 +164,6 @@ class Watch:
         self.open: list[deque[Attempt]] = [deque() for _ in targets]
         self.verdicts: list[str | None] = [None for _ in targets]
         self.counts: list[dict[str, int]] = [{} for _ in targets]
-        self.slowest: list[float] = [0.0 for _ in targets]
         self.last: list[float] = [0.0 for _ in targets]
         self.ready = False
         self.source_ports = self._cycle()
@@ -193,11 +192,7 @@ class Watch:
                 else:
                     self.decide(key.data)
             self.report()
-        say(
-            attempts=[sum(counts.values()) for counts in self.counts],
-            counts=self.counts,
-            slowest=self.slowest,
-        )
+        say(counts=self.counts)
 
     def begin(self, number: int) -> None:
         target = self.targets[number]
@@ -245,8 +240,6 @@ class Watch:
         outcome = attempt.outcome
         assert outcome is not None  # noqa: S101 (the caller ended it)
         self.counts[number][outcome] = self.counts[number].get(outcome, 0) + 1
-        if outcome != TIMED_OUT:
-            self.slowest[number] = max(self.slowest[number], attempt.ended - attempt.begun)
         if outcome != self.verdicts[number]:
             self.verdicts[number] = outcome
             error = errno.errorcode.get(attempt.error, "") if attempt.error else ""

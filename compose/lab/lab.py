@@ -220,9 +220,9 @@ class Lab:
         answer: dict[str, object] = json.loads(text)
         return answer
 
-    def settle(self, revision: int, *, cells: Sequence[str] | None = None) -> None:
+    def settle(self, revision: int) -> None:
         """Wait until every cell's kernel has this revision of the policies. Raises NotReady."""
-        for cell in self.state.cells if cells is None else cells:
+        for cell in self.state.cells:
 
             def missing(cell: str = cell) -> str | None:
                 try:

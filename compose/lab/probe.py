@@ -78,11 +78,10 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a watch saw: all transitions, per target the number of each verdict and the slowest answer in seconds."""
+    """What a watch saw: all transitions, and per target the number of each verdict."""
 
     transitions: list[Transition]
     counts: list[dict[str, int]]
-    slowest: list[float]
 
     def of(self, number: int) -> list[Transition]:
         """The transitions of one target; the first is its first verdict."""
@@ -186,8 +185,7 @@ class Watch:
             return
         if self._summary is None:
             raise CommandFailed(f"{' '.join(self._command)}: ended without telling what it saw")
-        summary = self._summary
-        self._seen = Seen(self._transitions, summary["counts"], summary["slowest"])
+        self._seen = Seen(self._transitions, self._summary["counts"])
 
     def _close(self) -> None:
         self._process.kill()
