@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from databases import DatabaseURL
 
@@ -26,14 +25,13 @@ from bus.ledger import Ledger, Outcome
 from bus.local import serving
 from bus.log import about, setup
 from bus.process import run
-from bus.settings import CentralSettings, from_command_line, setting
+from bus.settings import from_command_line, setting
 from bus.tables import POLICIES, Publisher
-from services.policy.access import Access
+from services.policy.authority import AuthoritySettings, open_authority
 from services.policy.gateway import Gateway
 from services.policy.schema import MIGRATIONS
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
-from services.policy.tokens import TokenFile
 
 PROGRAM = "silkbus-policy-server"
 _LISTEN = re.compile(r"fd:\d+|([^\[\]:]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
@@ -46,17 +44,16 @@ class CannotStart(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySettings(CentralSettings):
+class PolicySettings(AuthoritySettings):
     """Settings of the policy server."""
 
     database: str = setting("SQL database, as a URL", "sqlite:///policy.db")
     listen: str = setting("where the API listens: HOST:PORT, or fd:N for a socket inherited", "127.0.0.1:4002")
-    tokens: Path = setting("file of the tokens that may call the API")
     max_stale: int = setting("seconds a cell may act on its last known state; freed tags rest longer", 604_800)
 
     def __post_init__(self) -> None:
         # Named, since a dataclass with slots is made anew and has not the class that super() would look for.
-        CentralSettings.__post_init__(self)
+        AuthoritySettings.__post_init__(self)
         if not _LISTEN.fullmatch(self.listen):
             raise Malformed(f"listen: {self.listen!r} is neither HOST:PORT nor fd:N")
         if self.max_stale < 0:
@@ -74,9 +71,9 @@ def main() -> None:
 
 async def serve(settings: PolicySettings) -> None:
     """Serve until cancelled; then finish the requests begun. Raises CannotStart or Malformed."""
-    tokens = TokenFile(settings.tokens)
     with listening(settings.listen) as listener:
         async with (
+            open_authority(settings) as authority,
             open_ledger(settings.database) as ledger,
             connect(
                 settings.nats, role="policy-server", name=_instance(), credentials=settings.nats_credentials
@@ -87,6 +84,8 @@ async def serve(settings: PolicySettings) -> None:
             relay = Relay(connection, ledger, readers=settings.event_readers, replicas=settings.event_replicas)
             tasks.create_task(publisher.run())
             tasks.create_task(relay.run())
+            if authority.run is not None:
+                tasks.create_task(authority.run())
 
             def committed(outcome: Outcome[None]) -> None:
                 publisher.committed(outcome)
@@ -95,9 +94,9 @@ async def serve(settings: PolicySettings) -> None:
             pool = TagPool(rest=settings.max_stale + REST_MARGIN, clock=time.time)
             gateway = Gateway(
                 Store(ledger, pool, committed),
-                tokens,
-                Access(None),
-                max_policies=150,
+                authority.authenticator,
+                authority.access,
+                max_policies=settings.max_policies,
                 bus_connected=lambda: connection.connected,
             )
             async with serving(gateway.application(), listener):
