@@ -1,0 +1,60 @@
+"""The connection as a server sees it that is not well."""
+
+import asyncio
+import time
+
+import pytest
+
+from bus.connection import Connection, connect
+from bus.credentials import Credentials
+from bus.decode import Malformed
+from bus.settings import ServiceSettings, SettingsError, load
+
+
+async def test_one_that_is_let_in_and_thrown_out_does_not_come_back_in_a_hot_loop() -> None:
+    came: list[float] = []
+
+    async def throw_out(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(time.monotonic())
+        writer.write(b'INFO {"server_id":"x","version":"2.11.0","max_payload":1048576}\r\n')
+        pings = 0
+        while pings < 2 and (line := await reader.readline()):
+            if line.startswith(b"PING"):
+                pings += 1
+                writer.write(b"PONG\r\n")
+        await asyncio.sleep(0.01)
+        writer.write(b"-ERR 'Maximum Connections Exceeded'\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(throw_out, "127.0.0.1")
+    url = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    lost = 0
+    async with server, connect(url, role="cell", name="one") as connection:
+
+        def count() -> None:
+            nonlocal lost
+            lost += 1
+
+        connection.on_connect(count)
+        await asyncio.sleep(5)
+    assert 3 <= lost
+    assert 3 <= len(came) < 40
+
+
+def test_all_servers_are_tried_before_any_is_tried_again() -> None:
+    servers = [f"nats://10.0.0.{number}" for number in range(5)]
+    connection = Connection(servers, "cell/one", "_INBOX.cell.one", None, {})
+    orders = [tuple(connection._next_server() for _ in servers) for _ in range(50)]
+    assert all(set(order) == set(servers) for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_credentials_are_settings_and_all_or_none() -> None:
+    given = {"SILKBUS_NATS_CA": "/x/ca.crt", "SILKBUS_NATS_CERT": "/x/client.crt", "SILKBUS_NATS_KEY": "/x/client.key"}
+    credentials = load(ServiceSettings, None, given).nats_credentials
+    assert isinstance(credentials, Credentials)
+    assert str(credentials.key) == "/x/client.key"
+    assert load(ServiceSettings, None, {}).nats_credentials is None
+    for missing in given:
+        with pytest.raises((SettingsError, Malformed), match="set all three"):
+            load(ServiceSettings, None, {name: value for name, value in given.items() if name != missing})
