@@ -6,6 +6,7 @@ with one key, `error`.
 """
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -30,8 +31,11 @@ from bus.log import about
 
 log = logging.getLogger(__name__)
 
+MAX_SOCKET_PATH = 107
+"""Bytes (unix(7), sun_path)."""
 START_TIMEOUT = 10.0
 STOP_TIMEOUT = 10
+KEEP_SECONDS = 2.0
 
 
 class Unreachable(Exception):
@@ -52,7 +56,9 @@ class Service:
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self.path = path
-        transport = httpx.AsyncHTTPTransport(uds=str(path), verify=False)
+        # Kept for less long than the server keeps them (uvicorn: 5 s), so that none is used just as it is closed.
+        limits = httpx.Limits(keepalive_expiry=KEEP_SECONDS)
+        transport = httpx.AsyncHTTPTransport(uds=str(path), verify=False, limits=limits)
         self._client = httpx.AsyncClient(transport=transport, base_url=f"http://{name}", trust_env=False)
 
     async def call(self, method: str, target: str, body: Any = None, *, timeout: float = 10.0) -> dict[str, Any]:
@@ -201,14 +207,37 @@ async def serving_privately(app: Starlette, path: Path) -> AsyncIterator[None]:
         yield
 
 
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # it has more callers than it takes
+        except OSError:
+            return False
+    return True
+
+
 def private_socket(path: Path) -> socket.socket:
-    """A listening Unix socket of mode 0600 in a folder of mode 0700."""
+    """A listening Unix socket of mode 0600 in a folder of mode 0700, private before the socket is made.
+
+    Raises OSError: EADDRINUSE when a live process serves there, since each of a cell's services is the only writer of
+    what it owns.
+    """
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {MAX_SOCKET_PATH} bytes", str(path))
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.parent.chmod(0o700)
+    if _is_served(path):
+        raise OSError(errno.EADDRINUSE, "another process serves here; end it first", str(path))
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(1024)
-    listener.setblocking(False)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(1024)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
     return listener

@@ -23,7 +23,12 @@ _SUFFIX = ".json"
 
 def file_name(handle: Handle) -> str:
     """The name of a container's file: the handle, percent-encoded so that it stays one name in one folder."""
-    encoded = quote(handle, safe="").replace(".", "%2E") if handle.startswith(".") else quote(handle, safe="")
+    try:
+        encoded = quote(handle, safe="")
+    except UnicodeEncodeError:
+        raise Malformed(f"handle: {handle!r} is not Unicode text") from None
+    if handle.startswith("."):
+        encoded = encoded.replace(".", "%2E")
     if not handle or len(encoded) > MAX_HANDLE:
         raise Malformed(f"handle: must have 1 to {MAX_HANDLE} characters (percent-encoded), not {len(encoded)}")
     return encoded + _SUFFIX
@@ -36,7 +41,7 @@ class Records:
         self.folder = folder
 
     def get(self, handle: Handle) -> Container | None:
-        """The record of `handle`, or None. Raises Malformed for one that cannot be understood."""
+        """The record of `handle`, or None. Raises Malformed or OSError for one that cannot be understood or read."""
         return self._read(self.folder / file_name(handle))
 
     def all(self) -> list[Container]:
@@ -70,7 +75,7 @@ class Records:
         for path in sorted(self.folder.glob("*" + _SUFFIX)):
             try:
                 container = self._read(path)
-            except Malformed as error:
+            except (Malformed, OSError) as error:
                 log.error("unreadable container record, left alone", extra=about(file=str(path), error=str(error)))
                 continue
             if container is not None:
@@ -81,9 +86,12 @@ class Records:
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Malformed(f"{path}: not JSON: {error}") from None
-        return Container.decode(content, str(path))
+        container = Container.decode(content, str(path))
+        if file_name(container.handle) != path.name:
+            raise Malformed(f"{path}: handle: {container.handle!r} belongs into {file_name(container.handle)}")
+        return container
 
     def _sync_folder(self) -> None:
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
