@@ -1,23 +1,13 @@
-"""The external API over HTTP: routes, the order of the checks, headers and errors (contract/policy.md 1.2 to 1.8).
-
-Each route is a handler behind the same steps: version (406), token and scope (401, 403), body (400), handler. A step
-that refuses raises `ApiError`; all answers leave through `_Endpoint`, which puts the headers on. Where the original's
-answers were mended: errors are valid JSON whatever is in their text, and JSON is called application/json.
-"""
+"""The handlers of the external API (contract/policy.md 1.3 to 1.8); `endpoint` has what is around each of them."""
 
 import asyncio
 import json
 import logging
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from prometheus_client import Counter, Histogram
 from starlette.applications import Starlette
-from starlette.convertors import StringConvertor, register_url_convertor
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -26,11 +16,14 @@ from bus.decode import Malformed
 from bus.local import Health
 from bus.log import about
 from bus.messages import Policy, Revision
-from services.policy import wire_v1
-from services.policy.access import Access, Forbidden, is_admin
-from services.policy.identity import ADMIN, WRITE, Authenticator, Identity, Unavailable
+from services.policy import wire_v0, wire_v1
+from services.policy.access import Access, is_admin
+from services.policy.cors import Origins
+from services.policy.endpoint import ApiError, Call, Endpoints, Operation, answering
+from services.policy.identity import ADMIN, WRITE, Authenticator
 from services.policy.store import Filter, QuotaExceeded, Store
 from services.policy.tag_pool import TagsExhausted
+from services.policy.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -39,153 +32,90 @@ MAX_DRAINED = 64 << 20
 """A body that is too long is still read, up to here: a client sees our answer only once it has written its request."""
 BODY_TIMEOUT = 60.0
 CHECK_TIMEOUT = 5.0
-RETRY_AFTER = 5
-"""Seconds after which a client may try again when something we depend on is away."""
-NOBODY = Identity(subject="", user="", scopes=())
-VERSIONS = ("v1",)
+LONG_BODY = 64 << 10
+"""Bytes from which a body is decoded beside the event loop."""
 
-REQUESTS = Histogram("silkbus_api_request_seconds", "Time to answer", ["route", "status"])
-ERRORS = Counter("silkbus_api_errors_total", "Error answers", ["status"])
-
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-XSS-Protection": "1; mode=block",
-    "X-Frame-Options": "deny",
-    "Content-Security-Policy": "frame-ancestors 'none'",
-}
+WIRES: Mapping[str, Wire] = {"v0": wire_v0, "v1": wire_v1}
 
 
-class ApiError(Exception):
-    """An answer that is an error, with HTTP's status and the contract's text."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What an operator may choose.
 
-    def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(text)
-        self.status = status
-        self.headers = dict(headers or {})
+    `max_policies` is how many policies one source app may have, as far as those who are no admins can add to them;
+    `tag_length` how many bytes tags are written with; `origins` whose pages may read answers; `tls` whether the API is
+    served over TLS.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request that passed the steps before its handler. `identity` is NOBODY where no token is needed."""
-
-    request: Request
-    request_id: str
-    identity: Identity
-
-
-Handler = Callable[[Call], Awaitable[Response]]
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """What one method of one path does. Without `scopes` it needs no token; else a token with one of them."""
-
-    name: str
-    handler: Handler
-    scopes: tuple[str, ...] = ()
-
-
-class _Version(StringConvertor):
-    regex = "[^/]*"  # the empty version is a wrong one, not another path
-
-
-register_url_convertor("version", _Version())
+    max_policies: int = 150
+    tag_length: int = 2
+    origins: Origins = field(default_factory=Origins)
+    tls: bool = False
 
 
 class Gateway:
-    """The handlers.
-
-    `max_policies` is how many policies one source app may have, as far as those who are no admins can add to them.
-    `bus_connected` says whether changes are published as they are made.
-    """
+    """The handlers. `bus_connected` says whether changes are published as they are made."""
 
     def __init__(
         self,
         store: Store,
         authenticator: Authenticator,
         access: Access,
+        options: Options,
         *,
-        max_policies: int,
         bus_connected: Callable[[], bool],
     ) -> None:
         self._store = store
-        self._authenticator = authenticator
         self._access = access
-        self._max_policies = max_policies
+        self._options = options
         self._bus_connected = bus_connected
-        self._started = time.monotonic()
+        self._started = time.monotonic_ns()
+        self._endpoints = Endpoints(
+            authenticator, access, versions=WIRES.keys(), origins=options.origins, tls=options.tls
+        )
 
     def application(self) -> Starlette:
+        route = self._endpoints.route
         external = "/networking/{version:version}/external"
         uptime = Operation("Uptime", self._uptime)
         health = Health()
         app = Starlette(
             routes=[
-                self._route("/", GET=uptime),
-                self._route("/networking", GET=uptime),
-                self._route("/health", GET=Operation("Health", self._health)),
-                self._route(
+                route("/", GET=uptime),
+                route("/networking", GET=uptime),
+                route("/health", GET=Operation("Health", self._health)),
+                route(f"{external}/whoami", GET=Operation("WhoAmI", self._whoami, (ADMIN,))),
+                route(
                     f"{external}/policies",
                     POST=Operation("CreatePolicies", self._create, (ADMIN, WRITE)),
                     GET=Operation("PoliciesIndex", self._index, (ADMIN, WRITE)),
                 ),
-                self._route(
-                    f"{external}/policies/delete",
-                    POST=Operation("DeletePolicies", self._delete, (ADMIN, WRITE)),
-                ),
+                route(f"{external}/policies/delete", POST=Operation("DeletePolicies", self._delete, (ADMIN, WRITE))),
+                route(f"{external}/tags", GET=Operation("TagsIndex", self._tags, (ADMIN,))),
                 Route("/livez", health.livez),
                 Route("/readyz", self._readyz),
                 Route("/metrics", health.metrics),
             ],
-            exception_handlers={404: _not_found, 405: _not_allowed},
+            exception_handlers={404: self._endpoints.not_found, 405: self._endpoints.not_allowed},
         )
         app.router.redirect_slashes = False
         return app
 
-    def _route(self, path: str, **operations: Operation) -> Route:
-        async def endpoint(request: Request) -> Response:
-            return await self._answer(operations[request.method], request)
-
-        route = Route(path, endpoint, methods=list(operations))
-        route.methods = set(operations)  # starlette adds HEAD to GET; the contract has none
-        return route
-
-    async def _answer(self, operation: Operation, request: Request) -> Response:
-        started = time.monotonic()
-        own_id = str(uuid.uuid4())
-        incoming = request.headers.get("x-vcap-request-id")
-        request_id = f"{incoming}::{own_id}" if incoming else own_id
-        try:
-            version = request.path_params.get("version", VERSIONS[0])
-            if version not in VERSIONS:
-                raise ApiError(406, f"api version '{version}' not supported")
-            identity = await self._authorise(request, operation.scopes) if operation.scopes else NOBODY
-            response = await operation.handler(Call(request, own_id, identity))
-        except ApiError as error:
-            response = _error(error, operation.name, request_id)
-        except Exception as error:
-            log.exception("request failed", extra=about(route=operation.name, request=request_id))
-            text = f"unexpected error: {type(error).__name__}; see the server's log for request {request_id}"
-            response = _error(ApiError(500, text), operation.name, request_id)
-        response.headers.update(_HEADERS)
-        response.headers["X-Vcap-Request-Id"] = request_id
-        REQUESTS.labels(operation.name, response.status_code).observe(time.monotonic() - started)
-        return response
-
-    async def _authorise(self, request: Request, scopes: tuple[str, ...]) -> Identity:
-        header = request.headers.get("authorization", "")
-        if not header:
-            raise ApiError(401, "missing authorization header", {"WWW-Authenticate": "Bearer"})
-        refused = "failed to verify token with uaa"
-        with _answering(refused):
-            identity = await self._authenticator.verify(header.removeprefix("Bearer ").removeprefix("bearer "))
-            if identity is None:
-                raise ApiError(401, refused, {"WWW-Authenticate": "Bearer"})
-            self._access.check_scopes(identity, scopes)
-        return identity
-
     async def _uptime(self, _: Call) -> Response:
-        return PlainTextResponse(f"Network policy server, up for {time.monotonic() - self._started:.9f}s\n")
+        up = go_duration(time.monotonic_ns() - self._started)
+        return PlainTextResponse(f"Network policy server, up for {up}\n")
+
+    async def _whoami(self, call: Call) -> Response:
+        return _json({"subject": call.identity.user})
+
+    async def _tags(self, call: Call) -> Response:
+        try:
+            tags = await self._store.tags()
+        except Exception as error:
+            log.exception("reading tags failed", extra=about(request=call.request_id))
+            raise ApiError(500, "database read failed") from error
+        digits = 2 * self._options.tag_length
+        return _json({"tags": [{"id": app, "tag": f"{tag:0{digits}X}", "type": "app"} for app, tag in tags]})
 
     async def _health(self, _: Call) -> Response:
         if await self._database_problem() is not None:
@@ -201,9 +131,9 @@ class Gateway:
 
     async def _create(self, call: Call) -> Response:
         policies = await self._policies(call, too_long="failed reading request body")
-        with _answering("check access failed"):
+        with answering("check access failed"):
             await self._access.check_change(call.identity, policies)
-        quota = None if is_admin(call.identity) else self._max_policies
+        quota = None if is_admin(call.identity) else self._options.max_policies
         try:
             revision = await self._store.create(
                 policies, actor=call.identity.user, request_id=call.request_id, quota=quota
@@ -219,7 +149,7 @@ class Gateway:
 
     async def _delete(self, call: Call) -> Response:
         policies = await self._policies(call, too_long="invalid request body")
-        with _answering("check access failed"):
+        with answering("check access failed"):
             await self._access.check_change(call.identity, policies)
         try:
             revision = await self._store.delete(policies, actor=call.identity.user, request_id=call.request_id)
@@ -234,16 +164,17 @@ class Gateway:
         except Exception as error:
             log.exception("list failed", extra=about(request=call.request_id))
             raise ApiError(500, "database read failed") from error
-        with _answering("filter policies failed"):
+        with answering("filter policies failed"):
             policies = await self._access.visible(call.identity, policies)
-        return Response(wire_v1.encode(policies), media_type="application/json")
+        return Response(WIRES[call.version].encode(policies), media_type="application/json")
 
     async def _policies(self, call: Call, *, too_long: str) -> list[Policy]:
         body = await _body(call.request)
         if body is None:
             raise ApiError(400, too_long)
+        decode = WIRES[call.version].decode
         try:
-            return wire_v1.decode(body)
+            return decode(body) if len(body) < LONG_BODY else await asyncio.to_thread(decode, body)
         except Malformed as error:
             raise ApiError(400, str(error)) from None
 
@@ -257,19 +188,6 @@ class Gateway:
             log.warning("the database does not answer", extra=about(error=repr(error)))
             return repr(error)
         return None
-
-
-@contextmanager
-def _answering(failed: str) -> Iterator[None]:
-    """Make refusals the answers they are; `failed` names the step when nobody can say whether to refuse."""
-    try:
-        yield
-    except Forbidden as error:
-        raise ApiError(403, str(error)) from None
-    except Unavailable as error:
-        # Neither 401 nor 403: clients would throw a good token away, or take for final what is over in a minute.
-        text = f"{failed}: {error}; try again shortly, and tell the operator if it lasts"
-        raise ApiError(503, text, {"Retry-After": str(RETRY_AFTER)}) from error
 
 
 async def _body(request: Request) -> bytes | None:
@@ -303,17 +221,22 @@ def _changed(revision: Revision) -> Response:
     return Response(b"{}", media_type="application/json", headers={"X-Silkbus-Revision": str(revision)})
 
 
-def _error(error: ApiError, route: str, request_id: str) -> Response:
-    ERRORS.labels(error.status).inc()
-    log.error(str(error), extra=about(route=route, status=error.status, request=request_id))
-    body = json.dumps({"error": str(error)}, ensure_ascii=False)
-    return Response(body, error.status, headers=error.headers, media_type="application/json")
+def _json(value: object) -> Response:
+    return Response(json.dumps(value, separators=(",", ":"), ensure_ascii=False), media_type="application/json")
 
 
-async def _not_found(_request: Request, _error: Exception) -> Response:
-    return PlainTextResponse("404 page not found\n", 404, headers={"X-Content-Type-Options": "nosniff"})
+def go_duration(nanoseconds: int) -> str:
+    """A time as Go writes one: 34.391474099s, 1h0m0.5s, 250ms."""
+    for unit, size in (("ns", 1), ("µs", 1_000), ("ms", 1_000_000)):
+        if nanoseconds < size * 1_000 and nanoseconds < 1_000_000_000:
+            return f"{_decimal(nanoseconds, size)}{unit}" if nanoseconds else "0s"
+    minutes, rest = divmod(nanoseconds, 60_000_000_000)
+    hours, minutes = divmod(minutes, 60)
+    prefix = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
+    return f"{prefix}{_decimal(rest, 1_000_000_000)}s"
 
 
-async def _not_allowed(_request: Request, error: Exception) -> Response:
-    allowed = (error.headers if isinstance(error, HTTPException) else None) or {}
-    return PlainTextResponse("Method Not Allowed\n", 405, headers={**allowed, **_HEADERS})
+def _decimal(value: int, unit: int) -> str:
+    whole, rest = divmod(value, unit)
+    digits = len(str(unit)) - 1
+    return f"{whole}.{rest:0{digits}d}".rstrip("0").rstrip(".") if rest else str(whole)

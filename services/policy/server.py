@@ -28,7 +28,7 @@ from bus.process import run
 from bus.settings import from_command_line, setting
 from bus.tables import POLICIES, Publisher
 from services.policy.authority import AuthoritySettings, open_authority
-from services.policy.gateway import Gateway
+from services.policy.gateway import Gateway, Options
 from services.policy.schema import MIGRATIONS
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
@@ -96,7 +96,7 @@ async def serve(settings: PolicySettings) -> None:
                 Store(ledger, pool, committed),
                 authority.authenticator,
                 authority.access,
-                max_policies=settings.max_policies,
+                Options(max_policies=settings.max_policies),
                 bus_connected=lambda: connection.connected,
             )
             async with serving(gateway.application(), listener):

@@ -17,7 +17,7 @@ from databases.core import Connection as DatabaseConnection
 from bus.failpoints import failpoint
 from bus.ledger import Change, Ledger, Outcome
 from bus.log import about
-from bus.messages import AppId, Policy, Ports, Protocol, Revision, policy_key, tag_key
+from bus.messages import AppId, Policy, Ports, Protocol, Revision, Tag, policy_key, tag_key
 from bus.tables import Key
 from services.policy.schema import policies, tags
 from services.policy.tag_pool import CHUNK, TagPool, chunks
@@ -101,6 +101,11 @@ class Store:
             query = query.where(policies.c.destination.in_(wanted.destinations))
         found = (_policy(row) for row in await self._ledger.database.fetch_all(query))
         return [policy for policy in found if wanted.matches(policy)]
+
+    async def tags(self) -> Sequence[tuple[AppId, Tag]]:
+        """The tags in use, ascending."""
+        query = sql.select(tags.c.app, tags.c.tag).where(tags.c.freed_at.is_(None)).order_by(tags.c.tag)
+        return [(AppId(row["app"]), Tag(row["tag"])) for row in await self._ledger.database.fetch_all(query)]
 
     async def check(self) -> None:
         """Raises what the database raises when it does not answer."""

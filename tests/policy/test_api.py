@@ -197,7 +197,7 @@ def test_a_body_of_ten_mebibytes_is_accepted(api: httpx.Client) -> None:
 
 def test_order_of_the_checks(standing_server: PolicyServer) -> None:
     with httpx.Client(base_url=standing_server.url, trust_env=False) as anonymous:
-        refused(anonymous.get("/networking/v0/external/policies"), 406, "api version 'v0' not supported")
+        refused(anonymous.get("/networking/v2/external/policies"), 406, "api version 'v2' not supported")
         refused(anonymous.get("/networking//external/policies"), 406, "api version '' not supported")
         refused(anonymous.get('/networking/"x/external/policies'), 406, "api version '\"x' not supported")
         answer = anonymous.post(POLICIES, content="nonsense")
@@ -245,7 +245,7 @@ def test_unknown_paths_and_methods(api: httpx.Client) -> None:
         assert (answer.status_code, answer.text) == (404, "404 page not found\n")
     answer = api.put(POLICIES)
     assert (answer.status_code, answer.text) == (405, "Method Not Allowed\n")
-    assert set(answer.headers["Allow"].split(", ")) == {"GET", "POST"}
+    assert set(answer.headers["Allow"].split(", ")) == {"GET", "POST", "OPTIONS"}
     assert api.head("/").status_code == 405
 
 
