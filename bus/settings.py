@@ -7,12 +7,14 @@ comment is its documentation, printed by `--help`. Whatever is wrong is reported
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,12 +149,12 @@ def _convert(value: Any, kind: Any) -> Any:
             raise ValueError(f"must be true or false, not {value!r}")
         return str(value).lower() == "true"
     if kind in (int, float):
-        if isinstance(value, bool):
-            raise ValueError(f"must be a number, not {value!r}")
-        try:
-            return kind(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"must be {'an integer' if kind is int else 'a number'}, not {value!r}") from None
+        # Never rounded, and finite: a limit that is "nan" is never exceeded.
+        with suppress(TypeError, ValueError, OverflowError):
+            number = kind(value)
+            if not isinstance(value, bool) and math.isfinite(number) and (isinstance(value, str) or number == value):
+                return number
+        raise ValueError(f"must be {'an integer' if kind is int else 'a number'}, not {value!r}")
     if typing.get_origin(kind) is tuple:
         items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
         if not isinstance(items, list):
@@ -160,6 +162,8 @@ def _convert(value: Any, kind: Any) -> Any:
         return tuple(_convert(item, kind.__args__[0]) for item in items)
     if not isinstance(value, str):
         raise ValueError(f"must be text, not {value!r}")
+    if kind is Path and (not value or "\0" in value):
+        raise ValueError(f"must be a path, not {value!r}")
     return kind(value)
 
 
@@ -181,4 +185,5 @@ def from_command_line(kind: type[T], program: str, what: str) -> T:
     try:
         return load(kind, arguments.config, os.environ)
     except SettingsError as error:
-        sys.exit("\n".join(f"{program}: {line}" for line in str(error).splitlines()))
+        sys.stderr.writelines(f"{program}: {line}\n" for line in str(error).splitlines())
+        sys.exit(2)
