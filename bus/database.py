@@ -4,6 +4,9 @@ SQLite is the embedded default. `databases` opens one connection per task, so it
 makes a connection: WAL (readers never block the writer), synchronous FULL (a commit survives power loss), a busy
 timeout, foreign keys on. PostgreSQL is spoken to by asyncpg, MySQL and MariaDB by aiomysql.
 
+No statement waits for ever: the server is told a limit, and since a server that hangs, or that the network has cut off,
+does not keep it, each statement has one here, too. A connection that did not answer in time is closed.
+
 The transactions of `databases` are not used: when BEGIN, COMMIT or ROLLBACK fails, they never give the connection back,
 and the task that tries again is handed the same dead one. Here a connection whose transaction did not end cleanly is
 closed, so the next try has a fresh one and the server lets go of the locks.
@@ -21,13 +24,19 @@ from typing import Any
 
 from databases import Database, DatabaseURL
 from databases.core import Connection
+from databases.interfaces import DatabaseBackend, Record
+from sqlalchemy.sql import ClauseElement
 
+from bus.database_options import DatabaseOptions
 from bus.log import about
 
 log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_MS = 10_000
 ROLLBACK_TIMEOUT = 5.0
+IDLE_TRANSACTION_SECONDS = 30
+
+Query = ClauseElement | str
 
 _WRITE = {
     "sqlite": "BEGIN IMMEDIATE",
@@ -39,7 +48,6 @@ _READ = {
     "postgresql": "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
     "mysql": "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
 }
-_MYSQL_ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ"
 _EXTRAS = {"postgresql": "postgresql", "mysql": "mysql"}
 """The optional dependency of this project that brings the driver of each kind."""
 
@@ -53,36 +61,149 @@ class _SqliteConnection(sqlite3.Connection):
         self.execute("PRAGMA foreign_keys = ON")
 
 
+class _LimitedConnection(Connection):
+    """A connection that is given up when it is not there, or does not answer, in time."""
+
+    def __init__(self, database: "LimitedDatabase", backend: DatabaseBackend) -> None:
+        super().__init__(database, backend)
+        self._limits = database.limits
+
+    async def __aenter__(self) -> "Connection":
+        seconds = self._limits.connect_timeout if self._limits else None
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await super().__aenter__()
+        except TimeoutError:
+            self._database._connection = None
+            raise TimeoutError(f"no connection to the database within {seconds:g} s") from None
+        except BaseException:
+            self._database._connection = None
+            raise
+        raw = self.raw_connection
+        # aiomysql says everything in the clear when the server does not offer TLS.
+        secret = self._limits is not None and self._limits.tls != "off"
+        if secret and hasattr(raw, "_writer") and raw._writer.get_extra_info("ssl_object") is None:
+            close(self)
+            await super().__aexit__()
+            raise NoTls("the database offers no TLS, but database_tls asks for it")
+        return connection
+
+    async def fetch_all(self, query: Query, values: dict[str, Any] | None = None) -> list[Record]:
+        async with self._limit():
+            return await super().fetch_all(query, values)
+
+    async def fetch_one(self, query: Query, values: dict[str, Any] | None = None) -> Record | None:
+        async with self._limit():
+            return await super().fetch_one(query, values)
+
+    async def fetch_val(self, query: Query, values: dict[str, Any] | None = None, column: Any = 0) -> Any:
+        async with self._limit():
+            return await super().fetch_val(query, values, column)
+
+    async def execute(self, query: Query, values: dict[str, Any] | None = None) -> Any:
+        async with self._limit():
+            return await super().execute(query, values)
+
+    @asynccontextmanager
+    async def _limit(self) -> AsyncIterator[None]:
+        if self._limits is None:
+            yield
+            return
+        seconds = self._limits.statement_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            close(self)
+            raise TimeoutError(f"the database has not answered a statement within {seconds:g} s") from None
+
+
+class LimitedDatabase(Database):
+    """A database whose connections and statements have time limits; `limits` is None for SQLite, which has its own."""
+
+    def __init__(self, url: str, limits: DatabaseOptions | None, **options: Any) -> None:
+        super().__init__(url, **options)
+        self.limits = limits
+
+    def connection(self) -> Connection:
+        if self._connection is None:
+            self._connection = _LimitedConnection(self, self._backend)
+        return self._connection
+
+
+class NoTls(Exception):
+    """The server offers no TLS."""
+
+
 @asynccontextmanager
-async def open_database(url: str) -> AsyncIterator[Database]:
+async def open_database(url: str, options: DatabaseOptions | None = None) -> AsyncIterator[Database]:
     """The database at `url` (`sqlite:///file`, `postgresql://…`, `mysql://…`), connected while inside.
 
-    Raises ValueError for another kind of URL, RuntimeError when the driver is not installed, or what the driver raises
-    when the server cannot be reached.
+    Raises ValueError for another kind of URL or an unusable certificate, RuntimeError when the driver is not installed,
+    or what the driver raises when the server cannot be reached.
     """
     dialect = DatabaseURL(url).dialect
-    options: dict[str, Any]
-    match dialect:
-        case "sqlite":
-            options = {"factory": _SqliteConnection}
-        case "postgresql":
-            options = {"min_size": 1}
-        case "mysql":
-            options = {"charset": "utf8mb4", "init_command": _MYSQL_ISOLATION}
-        case _:
-            raise ValueError(
-                f"database URL: no kind {dialect!r}; use sqlite:///FILE, postgresql://USER:PASSWORD@HOST/NAME "
-                f"or mysql://USER:PASSWORD@HOST/NAME"
-            )
+    options = options or DatabaseOptions()
+    make = {"sqlite": _sqlite, "postgresql": _postgresql, "mysql": _mysql}.get(dialect)
+    if make is None:
+        raise ValueError(
+            f"database URL: no kind {dialect!r}; use sqlite:///FILE, postgresql://USER:PASSWORD@HOST/NAME "
+            f"or mysql://USER:PASSWORD@HOST/NAME"
+        )
     try:
-        database = Database(url, **options)
+        database = LimitedDatabase(url, None if dialect == "sqlite" else options, **make(options))
     except ImportError as error:
         raise RuntimeError(f"no driver for {dialect}: pip install 'silkbus[{_EXTRAS[dialect]}]' ({error})") from error
-    await database.connect()
+    async with asyncio.timeout(2 * options.connect_timeout):
+        await database.connect()
     try:
         yield database
     finally:
-        await database.disconnect()
+        try:
+            async with asyncio.timeout(options.connect_timeout):
+                await database.disconnect()
+        except TimeoutError:
+            log.warning("the database does not take its leave", extra=about(kind=dialect))
+
+
+def _sqlite(_: DatabaseOptions) -> dict[str, Any]:
+    return {"factory": _SqliteConnection}
+
+
+def _postgresql(options: DatabaseOptions) -> dict[str, Any]:
+    limit = int(options.statement_timeout * 1000)
+    return {
+        "min_size": 1,
+        "max_size": options.connections,
+        "timeout": options.connect_timeout,
+        "command_timeout": options.statement_timeout,
+        "max_inactive_connection_lifetime": options.connection_lifetime,
+        "ssl": options.tls_context() or False,
+        "server_settings": {
+            "application_name": "silkbus",
+            "statement_timeout": str(limit),
+            # One that hangs amid a transaction must not keep the head locked for all others.
+            "idle_in_transaction_session_timeout": str(IDLE_TRANSACTION_SECONDS * 1000),
+        },
+    }
+
+
+def _mysql(options: DatabaseOptions) -> dict[str, Any]:
+    seconds = options.statement_timeout
+    # Each kind reads its own part as a command, and the other's as a comment: MariaDB skips 50700 and later.
+    own = (
+        f"/*M! tx_isolation='REPEATABLE-READ', max_statement_time={seconds:g}, "
+        f"idle_transaction_timeout={IDLE_TRANSACTION_SECONDS}, */"
+        f"/*!50720 transaction_isolation='REPEATABLE-READ', max_execution_time={int(seconds * 1000)}, */"
+    )
+    return {
+        "charset": "utf8mb4",
+        "max_size": options.connections,
+        "connect_timeout": options.connect_timeout,
+        "pool_recycle": int(max(1, options.connection_lifetime)),
+        "ssl": options.tls_context(),
+        "init_command": f"SET SESSION {own} innodb_lock_wait_timeout={max(1, int(seconds))}",
+    }
 
 
 @asynccontextmanager
@@ -117,6 +238,11 @@ async def _abandon(connection: Connection, error: BaseException) -> None:
                 await connection.execute("ROLLBACK")
             return
         log.debug("cannot roll back, closing the connection", extra=about(error=repr(error)))
+    close(connection)
+
+
+def close(connection: Connection) -> None:
+    """End the connection's session at once, without a word to the server. It must still be given back."""
     with suppress(Exception):  # it may be closed already
         raw = connection.raw_connection
         if hasattr(raw, "terminate"):  # asyncpg

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bus.credentials import Credentials
+from bus.database_options import DatabaseOptions
 from bus.decode import Malformed
 from bus.log import LEVELS
 
@@ -67,6 +68,12 @@ class CentralSettings(ServiceSettings):
 
     event_readers: tuple[str, ...] = setting("components that read events: a consumer is made for each name", ())
     event_replicas: int = setting("servers of the NATS cluster that keep the stream of events: 1, 3 or 5", 1)
+    database_tls: str = setting("TLS with the database: off, encrypt, verify-ca (any name) or verify", "off")
+    database_ca: Path | None = setting("certificates the database is verified by; else the system's", None)
+    database_connect_timeout: float = setting("seconds to wait for a connection to the database", 5.0)
+    database_statement_timeout: float = setting("seconds to wait for the database's answer to a statement", 10.0)
+    database_connections: int = setting("connections to the database at most", 10)
+    database_connection_lifetime: float = setting("seconds after which an idle connection is closed", 300.0)
 
     def __post_init__(self) -> None:
         ServiceSettings.__post_init__(self)
@@ -75,6 +82,19 @@ class CentralSettings(ServiceSettings):
                 raise Malformed(f"event_readers: {name!r} is not a name of 1 to 63 letters, digits, '-' or '_'")
         if self.event_replicas not in (1, 3, 5):
             raise Malformed(f"event_replicas: must be 1, 3 or 5, not {self.event_replicas}")
+        _ = self.database_options  # checks them
+
+    @property
+    def database_options(self) -> DatabaseOptions:
+        """How the database is connected to. Raises Malformed."""
+        return DatabaseOptions(
+            tls=self.database_tls,
+            ca=self.database_ca,
+            connect_timeout=self.database_connect_timeout,
+            statement_timeout=self.database_statement_timeout,
+            connections=self.database_connections,
+            connection_lifetime=self.database_connection_lifetime,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

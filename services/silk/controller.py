@@ -102,7 +102,7 @@ def _own(cell: CellName, fields: Fields) -> Lease:
 
 async def control(settings: ControllerSettings) -> None:
     """Run the controller for ever."""
-    async with open_database(settings.database) as database:
+    async with open_database(settings.database, settings.database_options) as database:
         ledger = Ledger(database, LEASES.name)
         await ledger.migrate(MIGRATIONS)
         store = LeaseStore(ledger, settings.overlay_network, settings.subnet_prefix_length, settings.lease_expiry)
