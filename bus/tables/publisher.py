@@ -3,7 +3,10 @@
 Each server that writes a table has a publisher; none leads. A publisher keeps a mirror of the table, fed with its own
 commits and with the change log, which it looks at once a second. So what another server committed and never sent, since
 it was killed, is in this one's heartbeat, and replicas ask for it. A database restored from a dump is noticed by the
-request id of the mirror's revision, which is then another or missing.
+request ids of the revisions last read and last applied, which are then others or missing.
+
+Publishing does not wait for SQL: what was committed is sent while the database hangs. What is vouched for does: there
+is no heartbeat without a look at the change log, and an answer says how long ago the last one was.
 """
 
 import asyncio
@@ -35,7 +38,11 @@ Entries = Callable[[DatabaseConnection], Awaitable[Mapping[Key, Any]]]
 
 HEARTBEAT_SECONDS = 1.0
 RECHECK_SECONDS = 600.0
+DATABASE_SECONDS = 30.0
+"""How long a look at the database may take: more than to read a whole table."""
+PAGE = 1000
 KEPT_REVISIONS = 20_000
+KEPT_ENTRIES = 200_000
 HEADROOM = 4096
 """Bytes of a message that are not table data."""
 COMPRESSION = 1
@@ -56,11 +63,17 @@ class Publisher(Generic[V]):
         self.entries = entries
         self._mirror: Content | None = None
         self._last_request = ""
-        self._kept: deque[tuple[Revision, Changes]] = deque(maxlen=KEPT_REVISIONS)
+        self._read = Revision(0), ""
+        """The last revision that was read from the change log, and its request id."""
+        self._seen_at = 0.0
+        """When the mirror was last found equal to the database."""
+        self._checked_at = 0.0
+        self._kept: deque[tuple[Revision, Changes]] = deque()
+        self._kept_entries = 0
         self._outgoing: deque[Outcome[Any]] = deque()
         self._wake = asyncio.Event()
+        self._trouble = ""
         self._snapshot: tuple[Revision, bytes] | None = None
-        self._checked_at = 0.0
 
     @property
     def revision(self) -> Revision | None:
@@ -74,27 +87,25 @@ class Publisher(Generic[V]):
             self._wake.set()
 
     async def run(self) -> None:
-        """Publish for ever."""
+        """Publish for ever. A database that is slow or away stops the heartbeats, not the changes."""
         subject = subjects.table_fetch(self.table.name)
         await self.connection.serve_parts(subject, self._on_fetch, queue="publishers")
-        next_heartbeat = 0.0
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._publish_committed())
+            tasks.create_task(self._heartbeat())
+
+    async def _publish_committed(self) -> None:
         while True:
+            await self._wake.wait()
             self._wake.clear()
             while self._outgoing:
                 await self._publish(self._outgoing.popleft())
-            now = time.monotonic()
-            if now >= next_heartbeat:
-                next_heartbeat = now + HEARTBEAT_SECONDS
-                await self._heartbeat()
-            try:
-                async with asyncio.timeout(max(0.0, next_heartbeat - time.monotonic())):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
 
     async def _publish(self, outcome: "Outcome[Any]") -> None:
+        if self._mirror is None:
+            return  # the first heartbeat, about to come, speaks of it
         message: dict[str, Any] = {
-            "epoch": self._mirror.epoch if self._mirror else (await self.ledger.head())[0],
+            "epoch": self._mirror.epoch,
             "previous": outcome.revision - 1,
             "revision": outcome.revision,
         }
@@ -102,60 +113,106 @@ class Publisher(Generic[V]):
         # What is too large for one message goes as its header alone; replicas then fetch.
         fits = len(whole) <= self.connection.max_payload
         data = whole if fits else encode(message)
+        if outcome.revision == self._mirror.revision + 1:
+            self._apply(outcome.revision, outcome.request_id, outcome.changes)
         if await self.connection.publish_bytes(subjects.table_change(self.table.name), data):
             PUBLISHED.labels(self.table.name).inc()
-        if self._mirror is not None and outcome.revision == self._mirror.revision + 1:
-            self._apply(outcome.revision, outcome.request_id, outcome.changes)
 
     async def _heartbeat(self) -> None:
+        while True:
+            begun = time.monotonic()
+            if await self._vouch() and self._mirror is not None:
+                REVISION.labels(self.table.name).set(self._mirror.revision)
+                message = self._position(self._mirror)
+                await self.connection.publish(subjects.table_heartbeat(self.table.name), message)
+            await asyncio.sleep(max(0.0, begun + HEARTBEAT_SECONDS - time.monotonic()))
+
+    async def _vouch(self) -> bool:
+        """Whether the mirror could be made equal to the database, in time."""
+        # In a task of its own: one that hangs can be left behind, and `databases` keeps connections, also broken ones,
+        # by task.
+        task = asyncio.create_task(self._catch_up())
         try:
-            await self._catch_up()
-        except Exception as error:  # the database may fail in any way; without it there is nothing to vouch for
-            log.exception(
-                "cannot read the table, no heartbeat sent", extra=about(table=self.table.name, error=repr(error))
-            )
-            return
-        if self._mirror is not None:
-            REVISION.labels(self.table.name).set(self._mirror.revision)
-            message = self._position(self._mirror)
-            await self.connection.publish(subjects.table_heartbeat(self.table.name), message)
+            await asyncio.wait({task}, timeout=DATABASE_SECONDS)
+        finally:
+            task.cancel()
+        if not task.done():
+            error = f"no answer within {DATABASE_SECONDS:g} s"
+        else:
+            error = repr(task.exception()) if task.exception() else ""
+        if error != self._trouble:
+            self._trouble = error
+            fields = about(table=self.table.name, error=error)
+            if error:
+                log.error("cannot read the table: no heartbeats until the database answers", extra=fields)
+            else:
+                log.info("the database answers again", extra=fields)
+        return not error
 
     async def _catch_up(self) -> None:
         """Make the mirror equal to the database."""
-        if self._mirror is None or time.monotonic() - self._checked_at > RECHECK_SECONDS:
+        begun = time.monotonic()
+        if self._mirror is None or begun - self._checked_at > RECHECK_SECONDS:
             await self._reload()
-        mirror = self._mirror
-        assert mirror is not None  # noqa: S101 (for the type checker: _reload sets it)
-        epoch, revision = await self.ledger.head()
-        if (epoch, revision) == (mirror.epoch, mirror.revision) and revision == 0:
-            return
-        log_entries = await self.ledger.log_from(mirror.revision)
-        known = log_entries[0].request_id if log_entries and log_entries[0].revision == mirror.revision else ""
-        if epoch != mirror.epoch or known != self._last_request:
+        if not await self._read_log():
             log.warning("the database holds another history, reading it anew", extra=about(table=self.table.name))
             await self._reload()
-            return
-        for entry in log_entries:
-            if entry.revision == mirror.revision + 1:
-                self._apply(entry.revision, entry.request_id, entry.changes)
+        self._seen_at = begun
+
+    async def _read_log(self) -> bool:
+        """Apply all that was committed since the last look; whether it follows on what the mirror holds."""
+        mirror = self._mirror
+        assert mirror is not None  # noqa: S101 (for the type checker: _reload sets it)
+        known = mirror.revision
+        epoch, head = await self.ledger.head()
+        if epoch != mirror.epoch or head < known:
+            return False
+        while True:
+            revision, request_id = self._read
+            log_entries = await self.ledger.log_from(revision, limit=PAGE)
+            if request_id and not (log_entries and log_entries[0].request_id == request_id):
+                return False
+            for entry in log_entries:
+                if entry.revision == mirror.revision + 1:
+                    self._apply(entry.revision, entry.request_id, entry.changes)
+                elif entry.revision == mirror.revision and entry.request_id != self._last_request:
+                    return False
+                self._read = entry.revision, entry.request_id
+            if len(log_entries) < PAGE:
+                return mirror.revision >= head
 
     async def _reload(self) -> None:
         content, last = await self.ledger.content(self.entries)
+        start = Revision(max(1, content.revision - PAGE + 1))
+        recent = await self.ledger.log_from(start, limit=PAGE)
         old = self._mirror
-        same = old is not None and (old.epoch, old.revision) == (content.epoch, content.revision)
-        if old is not None and same and old.digest != content.digest:
+        if old is not None and (old.epoch, old.revision) == (content.epoch, content.revision):
+            if (old.digest, self._last_request) == (content.digest, last):
+                self._read, self._checked_at = (content.revision, last), time.monotonic()
+                return  # and what is kept of its past stays of use
             log.error("the mirror differed from the database", extra=about(table=self.table.name))
         self._mirror, self._last_request = content, last
+        self._read = content.revision, last
         self._checked_at = time.monotonic()
         self._kept.clear()
+        self._kept_entries = 0
         self._snapshot = None
+        for entry in recent:
+            if entry.revision <= content.revision:
+                self._keep(entry.revision, entry.changes)
 
     def _apply(self, revision: Revision, request_id: str, changes: Changes) -> None:
         assert self._mirror is not None  # noqa: S101 (for the type checker: callers hold one)
         self._mirror.apply(revision, changes)
         self._last_request = request_id
+        self._keep(revision, changes)
+
+    def _keep(self, revision: Revision, changes: Changes) -> None:
+        """Keep a revision for those who ask for what came after an earlier one, as long as there is room."""
         self._kept.append((revision, changes))
-        self._snapshot = None
+        self._kept_entries += len(changes)
+        while self._kept and (len(self._kept) > KEPT_REVISIONS or self._kept_entries > KEPT_ENTRIES):
+            self._kept_entries -= len(self._kept.popleft()[1])
 
     def _position(self, mirror: Content) -> dict[str, Any]:
         return {"epoch": mirror.epoch, "revision": mirror.revision, "digest": mirror.digest}
@@ -169,7 +226,8 @@ class Publisher(Generic[V]):
         size = max(1, self.connection.max_payload - HEADROOM)
         pieces = [body[start : start + size] for start in range(0, len(body), size)] or [b""]
         # All parts are of one server at one revision: the position is taken before the first is sent.
-        head = {"kind": kind, **self._position(self._mirror), "parts": len(pieces)}
+        age = time.monotonic() - self._seen_at
+        head = {"kind": kind, **self._position(self._mirror), "age": age, "parts": len(pieces)}
         return [{**head, "part": number, "data": piece} for number, piece in enumerate(pieces)]
 
     def _answer(self, mirror: Content, epoch: str, since: int) -> tuple[str, bytes]:
