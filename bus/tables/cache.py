@@ -57,8 +57,7 @@ def _parse(data: bytes, table: str) -> Cached:
     return Cached(content, max(0.0, age))
 
 
-def dump(content: Content, table: str, age: float) -> bytes:
-    """The bytes to keep for a content that was confirmed `age` seconds ago."""
+def _dump(content: Content, table: str, age: float) -> bytes:
     entries = pack([[list(key), data] for key, data in content.entries.items()])
     return encode(
         {
@@ -72,8 +71,12 @@ def dump(content: Content, table: str, age: float) -> bytes:
     )
 
 
-def store(path: Path, data: bytes) -> None:
-    """Replace what is at `path`. Raises OSError, and then the old state is still there."""
+def store(path: Path, content: Content, table: str, age: float) -> None:
+    """Replace what is at `path` by a content that was confirmed `age` seconds ago.
+
+    Raises OSError, and then the old state is still there.
+    """
+    data = _dump(content, table, age)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_suffix(".tmp")
     try:

@@ -5,6 +5,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -23,10 +24,13 @@ log = logging.getLogger(__name__)
 V = TypeVar("V")
 
 ANSWER_TIMEOUT = 5.0
+ANSWER_SECONDS = 30.0
+"""How long the next part of an answer may take, and all of them: nothing else is decided meanwhile."""
 MAX_PARTS = 10_000
 MAX_TABLE_BYTES = 1 << 30
 CONFIRM_SAVE_SECONDS = 60.0
 """How often an unchanged state is written again, so that its time of confirmation does not grow old on disk."""
+RETRY_SAVE_SECONDS = 10.0
 MAX_STALE = 7 * 24 * 3600.0
 
 
@@ -62,6 +66,7 @@ class Replica(Generic[V]):
         self._usable = asyncio.Event()
         self._wake = asyncio.Event()
         self._changed = False
+        self._failure: Exception | None = None
 
     @property
     def entries(self) -> Mapping[Key, V]:
@@ -84,7 +89,7 @@ class Replica(Generic[V]):
         await self._usable.wait()
 
     async def run(self) -> None:
-        """Follow for ever."""
+        """Follow for ever. What a listener raises ends it, and is raised here."""
         cached = await asyncio.to_thread(cache.load, self._cache, self._table.name) if self._cache else None
         follower = self._follower = Follower(
             self._table,
@@ -98,14 +103,12 @@ class Replica(Generic[V]):
         self._connection.on_connect(self._on_connect)
         await self._connection.listen(subjects.table_change(self._table.name), self._on_change)
         await self._connection.listen(subjects.table_heartbeat(self._table.name), self._on_heartbeat)
-        saver = asyncio.create_task(self._keep_saving(follower))
-        try:
-            await self._follow(follower)
-        finally:
-            saver.cancel()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(follower))
+            tasks.create_task(self._keep_saving(follower))
 
     async def _follow(self, follower: Follower[V]) -> None:
-        while True:
+        while self._failure is None:
             follower.tick(boot_clock())
             if follower.ask_at is not None and follower.ask_at <= boot_clock():
                 await self._ask(follower)
@@ -118,15 +121,17 @@ class Replica(Generic[V]):
                     await self._wake.wait()
             except TimeoutError:
                 pass
+        raise self._failure
 
     async def _ask(self, follower: Follower[V]) -> None:
         ask = follower.begin_ask()
         message = {"epoch": ask.epoch or None, "since": ask.since}
         try:
-            head, data = await self._collect(message)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                head, data = await self._collect(message)
             follower.on_answer(head, data, boot_clock())
-        except (BusAway, NoAnswer) as error:
-            log.debug("the centre did not answer", extra=about(table=self._table.name, error=str(error)))
+        except (BusAway, NoAnswer, TimeoutError) as error:
+            log.debug("the centre did not answer", extra=about(table=self._table.name, error=repr(error)))
             follower.on_no_answer(boot_clock())
         except (Malformed, zlib.error) as error:
             log.error("the centre's answer is refused", extra=about(table=self._table.name, error=str(error)))
@@ -155,13 +160,21 @@ class Replica(Generic[V]):
 
     def _on_change(self, subject: str, data: bytes) -> None:
         if self._follower is not None:
-            self._follower.on_change(decode(data, subject), boot_clock())
-            self._wake.set()
+            self._hear(self._follower.on_change, subject, data)
 
     def _on_heartbeat(self, subject: str, data: bytes) -> None:
         if self._follower is not None:
-            self._follower.on_heartbeat(decode(data, subject), boot_clock())
-            self._wake.set()
+            self._hear(self._follower.on_heartbeat, subject, data)
+
+    def _hear(self, decide: Callable[[Fields, float], None], subject: str, data: bytes) -> None:
+        try:
+            decide(decode(data, subject), boot_clock())
+        except Malformed:
+            raise
+        except Exception as error:  # noqa: BLE001 (raised again, by `run`)
+            # The client would log it and go on, and a listener would have missed an update for good.
+            self._failure = error
+        self._wake.set()
 
     def _on_connect(self) -> None:
         if self._follower is not None:
@@ -181,12 +194,16 @@ class Replica(Generic[V]):
                 continue
             begun = boot_clock()
             self._changed = False
-            data = cache.dump(follower.content, self._table.name, begun - follower.confirmed_at)
+            # A copy, made at once, since packing a large table takes longer than the event loop should be kept waiting.
+            content = replace(follower.content, entries=dict(follower.content.entries))
+            age = begun - follower.confirmed_at
             try:
-                await asyncio.to_thread(cache.store, self._cache, data)
+                await asyncio.to_thread(cache.store, self._cache, content, self._table.name, age)
             except OSError as error:
                 self._changed = True
                 log.error("table cache not written", extra=about(file=str(self._cache), error=str(error)))
+                wait = RETRY_SAVE_SECONDS
+                continue
             saved_at = boot_clock()
             wait = max(1.0, 20 * (saved_at - begun))
 
