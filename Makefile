@@ -19,8 +19,8 @@ databases:
 test: setup databases
 	$(VENV)/bin/pytest
 
-unit: setup databases
-	$(VENV)/bin/pytest -m "not kernel and not system"
+unit: setup
+	$(VENV)/bin/pytest -m "not kernel and not system and not databases and not packaging"
 
 kernel: setup
 	$(VENV)/bin/pytest -m kernel
