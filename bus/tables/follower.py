@@ -227,12 +227,10 @@ class Follower(Generic[V]):
         `answered`: a server has just said all it knows. It may lag by a heartbeat; what still does not follow then is
         of a history that is no more, and asking for what is before it would go on for ever.
         """
-        while (following := self._waiting.pop(self.revision + 1, None)) is not None:
-            epoch, changes = following
-            if epoch == self.content.epoch:
-                self._apply(Revision(self.revision + 1), changes)
-                self._confirm(now)
         here = self.content.epoch
+        while (following := self._waiting.get(self.revision + 1)) is not None and following[0] == here:
+            self._apply(Revision(self.revision + 1), following[1])
+            self._confirm(now)
         self._waiting = {r: kept for r, kept in self._waiting.items() if r > self.revision or kept[0] != here}
         self._unfilled = self._unfilled + answered if self._waiting else 0
         if self._unfilled > 1:

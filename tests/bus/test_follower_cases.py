@@ -173,3 +173,98 @@ def test_an_answer_that_is_not_a_list_of_changes_is_refused() -> None:
             made.begin_ask()
             with pytest.raises(Malformed):
                 made.on_answer(message(kind=kind, epoch="e0", revision=9, digest=b"x"), data, 100.0)
+
+
+def test_a_change_of_another_epoch_is_not_applied() -> None:
+    centre = Centre(revision=3)
+    made = replica(centre)
+    made.on_change(Centre("another", 3).commit(99), 100.0)
+    assert (made.revision, made.content.entries) == (3, centre.content.entries)
+    assert made.ask_at is not None
+
+
+def test_another_digest_at_the_same_revision_is_not_confirmed_and_the_whole_table_taken() -> None:
+    other = Centre(revision=2)
+    made = replica(Centre(revision=3))
+    other.commit(99)
+    made.on_heartbeat(other.heartbeat(), 101.0)
+    assert made.confirmed_at == 100.0
+    assert made.begin_ask().since == -1
+    made.on_no_answer(101.0)
+    assert made.begin_ask().since == -1, "the need for it is not forgotten when nobody answers"
+    made.on_answer(*other.answer("snapshot"), 102.0)
+    assert (made.content.entries, made.confirmed_at) == (other.content.entries, 102.0)
+
+
+def test_a_snapshot_that_is_not_what_it_says_is_refused() -> None:
+    centre = Centre(revision=3)
+    made = replica(centre)
+    head, _ = Centre(revision=5).answer("snapshot")
+    _, data = centre.answer("snapshot")
+    made.begin_ask()
+    with pytest.raises(Malformed, match="digest"):
+        made.on_answer(head, data, 100.0)
+    assert made.revision == 3
+
+
+@pytest.mark.parametrize(("age", "used"), [(59.0, True), (61.0, False), (None, False)])
+def test_a_remembered_state_is_used_only_while_it_is_not_too_old(age: float | None, used: bool) -> None:
+    content = Centre(revision=3).content
+    made = Follower(TABLE, lambda _: None, now=100.0, max_stale=60.0, content=content, age=age)
+    assert bool(made.entries) is used
+    made.tick(100.5)
+    assert bool(made.entries) is used
+    made.tick(111.0)  # too old by now in any case, and nobody has answered
+    assert (made.state, made.entries) == (State.DEGRADED, {})
+
+
+def test_kept_changes_of_a_lost_history_are_forgotten_with_it() -> None:
+    centre, lost = Centre(revision=4), Centre(revision=5)
+    made = replica(Centre(revision=3))
+    made.on_change(lost.commit(99), 100.0)  # revision 6, of which 5 was never heard
+    for beat in range(LOWER_HEARTBEATS):
+        made.on_heartbeat(Centre(revision=2).heartbeat(), 101.0 + beat)
+    assert made.begin_ask().since == -1
+    centre.commit(5)
+    made.on_answer(*centre.answer("snapshot"), 104.0)
+    assert (made.revision, made.content.entries) == (5, centre.content.entries)
+
+
+def test_an_answer_that_live_changes_have_overtaken_is_nothing() -> None:
+    centre = Centre(revision=3)
+    made = replica(centre)
+    made.begin_ask()
+    late = centre.answer("current")
+    made.on_change(centre.commit(99), 100.1)
+    made.on_answer(*late, 100.2)
+    assert (made.revision, made.ask_at) == (4, None)
+
+
+def test_old_news_is_not_asked_about() -> None:
+    made = replica(Centre(revision=3))
+    made.on_change(message(epoch="e0", previous=2, revision=3), 100.0)  # the header alone, repeated
+    assert made.ask_at is None
+
+
+def test_changes_that_wait_are_not_kept_without_bound() -> None:
+    made, far = replica(Centre(revision=1)), Centre(revision=2)
+    for value in range(following.MAX_WAITING + 1):
+        made.on_change(far.commit(value), 100.0)
+    assert len(made._waiting) <= following.MAX_WAITING
+    assert made.begin_ask().since == -1
+
+
+def test_a_snapshot_reaches_listeners_as_the_difference() -> None:
+    told: list[Any] = []
+    centre = Centre("old")
+    for name in "abc":
+        centre.content.apply(Revision(1), changes_of({name: 1}))
+    made = Follower(TABLE, lambda update: told.append(dict(update.changes)), now=0.0, max_stale=60.0)
+    made.begin_ask()
+    made.on_answer(*centre.answer("snapshot"), 0.0)
+    centre.content.epoch = "new"
+    centre.content.apply(Revision(2), changes_of({"a": None, "b": 2, "d": 1}))
+    made.on_heartbeat(centre.heartbeat(), 1.0)
+    made.begin_ask()
+    made.on_answer(*centre.answer("snapshot"), 1.0)
+    assert told == [{("a",): 1, ("b",): 1, ("c",): 1}, {("a",): None, ("b",): 2, ("d",): 1}]
