@@ -13,7 +13,7 @@ has not stays: it did happen. Readers see the break, since an event's `previous`
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
@@ -27,7 +27,7 @@ from bus.log import about
 from bus.messages import Revision
 
 if TYPE_CHECKING:
-    from bus.ledger import Ledger
+    from bus.ledger import Ledger, LogEntry
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Relay:
         self._stream = EventStream(ledger.table, readers=readers, replicas=replicas)
         self._wake = asyncio.Event()
         self._reconnected = asyncio.Event()
-        self._searched: tuple[tuple[End, str, str], EventId | None] | None = None
+        self._searched: tuple[tuple[End, str], EventId | None] | None = None
 
     def wake(self) -> None:
         """Look at the change log now: something was committed. Returns at once, whatever the bus does."""
@@ -81,68 +81,56 @@ class Relay:
 
     async def _catch_up(self) -> None:
         """Add events until the stream ends with the last one of the change log."""
+        wait = OVERTAKEN_SECONDS
         while True:
             jetstream = self._connection.jetstream(TIMEOUT)
-            epoch, _ = await self._ledger.head()
+            epoch, head = await self._ledger.head()
             end = await self._stream.end(jetstream)
-            previous = await self._last_known(jetstream, end, epoch)
-            events = await self._following(previous, epoch)
-            if not events:
-                return
+            previous = await self._last_known(jetstream, end, _Log(self._ledger, epoch, head))
             try:
-                await self._stream.append(jetstream, end, events, previous)
+                async for events in self._following(previous, epoch):
+                    await self._stream.append(jetstream, end, events, previous)
+                    RELAYED.labels(self._ledger.table).inc(len(events))
+                    end, previous = end.after(len(events)), events[-1].id
+                    log.debug("events relayed", extra=self._about(events=len(events), last=str(previous)))
             except Overtaken:
                 # The other one is at work: let it go on, rather than race it for every event.
                 OVERTAKEN.labels(self._ledger.table).inc()
-                await asyncio.sleep(OVERTAKEN_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 (spreads load)
+                await asyncio.sleep(wait * random.uniform(0.5, 1.5))  # noqa: S311 (spreads load)
+                wait = min(2 * wait, POLL_SECONDS)
                 continue
-            RELAYED.labels(self._ledger.table).inc(len(events))
-            log.debug("events relayed", extra=self._about(events=len(events), last=str(events[-1].id)))
+            return
 
-    async def _following(self, previous: EventId | None, epoch: str) -> Sequence[Event]:
-        """The next events of the change log, not all at once; none when there are no more."""
-        revision = Revision(0) if previous is None else previous.revision
+    async def _following(self, previous: EventId | None, epoch: str) -> AsyncIterator[Sequence[Event]]:
+        """The events of the change log after `previous`, some at a time."""
+        place = (Revision(-1), 0) if previous is None else (previous.revision, previous.index)
+        revision = max(place[0], Revision(0))
         while entries := await self._ledger.log_from(revision, limit=PAGE):
-            events = [event for entry in entries for event in events_of(self._ledger.table, epoch, entry)]
-            if previous is not None:
-                events = [event for event in events if (event.id.revision, event.id.index) > _place(previous)]
-            if events:
-                return events[:AT_ONCE]
+            found = (event for entry in entries for event in events_of(self._ledger.table, epoch, entry))
+            events = [event for event in found if (event.id.revision, event.id.index) > place]
+            for start in range(0, len(events), AT_ONCE):
+                yield events[start : start + AT_ONCE]
             revision = Revision(entries[-1].revision + 1)
-        return ()
 
-    async def _last_known(self, jetstream: JetStream, end: End, epoch: str) -> EventId | None:
+    async def _last_known(self, jetstream: JetStream, end: End, known: "_Log") -> EventId | None:
         """The last event of the stream that is in the database's change log, or None when none is."""
         searching = False
         async for found in self._stream.backwards(jetstream, end):
-            if found is not None and await self._holds(found, epoch):
+            if found is not None and await known.holds(found):
                 if searching:
                     log.info("the stream and the database part after this event", extra=self._about(event=str(found)))
-                    self._searched = await self._history(end, epoch), found
+                    self._searched = (end, await known.last()), found
                 return found
             if not searching:
                 searching = True
-                if self._searched is not None and self._searched[0] == await self._history(end, epoch):
+                if self._searched is not None and self._searched[0] == (end, await known.last()):
                     return self._searched[1]  # a long search, and nothing has changed since
                 log.warning(
                     "the stream does not end with an event of this database", extra=self._about(last=str(found))
                 )
         if searching:
-            self._searched = await self._history(end, epoch), None
+            self._searched = (end, await known.last()), None
         return None
-
-    async def _history(self, end: End, epoch: str) -> tuple[End, str, str]:
-        """What a search depends on: the stream, and the changes that the database holds."""
-        _, revision = await self._ledger.head()
-        last = await self._ledger.log_from(revision, limit=1)
-        return end, epoch, change_hash(epoch, last[0]) if last else ""
-
-    async def _holds(self, event: EventId, epoch: str) -> bool:
-        """Whether this very event is in the change log."""
-        if event.table != self._ledger.table:
-            return False
-        entries = await self._ledger.log_from(event.revision, limit=1)
-        return any(event == known.id for entry in entries for known in events_of(self._ledger.table, epoch, entry))
 
     async def _pause(self, seconds: float) -> None:
         """Wait before trying again, but not beyond the next connection."""
@@ -160,8 +148,33 @@ class Relay:
         return about(table=self._ledger.table, stream=self._stream.name, **fields)
 
 
-def _place(event: EventId) -> tuple[Revision, int]:
-    return event.revision, event.index
+class _Log:
+    """The events that a change log holds, looked up from its end to its start: read a page at a time."""
+
+    def __init__(self, ledger: "Ledger", epoch: str, head: Revision) -> None:
+        self._ledger = ledger
+        self._epoch = epoch
+        self._head = head
+        self._page: dict[int, LogEntry] = {}
+        self._read: range = range(0)
+
+    async def holds(self, event: EventId) -> bool:
+        """Whether this very event is in it."""
+        if event.table != self._ledger.table or not 0 < event.revision <= self._head:
+            return False
+        if event.revision not in self._read:
+            # One alone at first, since nearly always it is the last one; more when a search goes on.
+            first = event.revision if not self._read else max(1, event.revision - PAGE + 1)
+            self._read = range(first, event.revision + 1)
+            entries = await self._ledger.log_from(Revision(first), limit=len(self._read))
+            self._page = {entry.revision: entry for entry in entries}
+        entry = self._page.get(event.revision)
+        return entry is not None and event.index < len(entry.events) and event.change == change_hash(self._epoch, entry)
+
+    async def last(self) -> str:
+        """What identifies its last change, and with it all of them; empty for an empty one."""
+        entries = await self._ledger.log_from(self._head, limit=1)
+        return change_hash(self._epoch, entries[0]) if entries else self._epoch
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -12,8 +12,9 @@ name. They are made here, one for each reader, of its name.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -39,6 +40,8 @@ MAX_EVENTS = 100_000
 MAX_BYTES = 128 << 20
 """JetStream sets this much of its storage aside when it makes the stream, and refuses to when it has less."""
 LOOK_BACK = 256
+CONSUMERS_SECONDS = 60.0
+"""How soon a consumer is made again that somebody deleted; one that went with its stream is at once."""
 _WRONG_LAST_SEQUENCE = (10071, 10164)
 """JetStream's error codes for an expectation that does not hold (JSStreamWrongLastSequence…Err)."""
 
@@ -68,6 +71,10 @@ class End:
     first: int
     last: int
 
+    def after(self, added: int) -> "End":
+        """What it holds once so many messages are added."""
+        return replace(self, last=self.last + added)
+
 
 class EventStream:
     """The stream of one table. `replicas` is how many servers of a cluster keep it, when it is made here."""
@@ -75,7 +82,8 @@ class EventStream:
     def __init__(self, table: str, *, readers: Iterable[str], replicas: int) -> None:
         self.name = subjects.event_stream(table)
         self._readers = tuple(readers)
-        self._made_consumers: datetime | None = None
+        self._consumers_of: datetime | None = None
+        self._consumers_due = 0.0
         self._config = StreamConfig(
             name=self.name,
             description=f"Events of the table {table}; refilled from SQL if lost",
@@ -96,9 +104,9 @@ class EventStream:
             info = await jetstream.stream_info(self.name)
         except NotFoundError:
             info = await jetstream.add_stream(self._config)
-        if info.created != self._made_consumers:
+        if info.created != self._consumers_of or time.monotonic() > self._consumers_due:
             await self._make_consumers(jetstream)
-            self._made_consumers = info.created
+            self._consumers_of, self._consumers_due = info.created, time.monotonic() + CONSUMERS_SECONDS
         return End(info.created, info.state.first_seq, info.state.last_seq)
 
     async def _make_consumers(self, jetstream: JetStream) -> None:

@@ -76,7 +76,9 @@ async def messages(bus: NatsServer, name: str = STREAM) -> list[Any]:
             return []
         reading = (js.get_msg(name, at) for at in range(max(1, state.first_seq), state.last_seq + 1))
         found = await asyncio.gather(*reading, return_exceptions=True)
-        return [message for message in found if not isinstance(message, nats.js.errors.NotFoundError)]
+        kept = [message for message in found if not isinstance(message, nats.js.errors.NotFoundError)]
+        assert not (failed := [message for message in kept if isinstance(message, BaseException)]), failed
+        return kept
 
 
 async def ids(bus: NatsServer) -> list[str]:
