@@ -16,9 +16,11 @@ The outbox of domain events is a column of the change log: the same rows, the sa
 
 import asyncio
 import logging
+import math
 import re
 import secrets
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -47,8 +49,10 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 RETRY_SECONDS = 15.0
+_NEVER: Exception = TimeoutError()
 QUEUE_SECONDS = 30.0
 MIGRATION_SECONDS = 60
+COMPRESSED_FROM = 16_384
 MAX_REQUEST_ID = 64
 _REQUEST_ID = re.compile(r"[!-~]{1,64}")
 _MIGRATION_LOCK = 7_417_355
@@ -147,17 +151,20 @@ class Ledger:
     Several servers may have ledgers on the same table; a process should have one of each.
     """
 
-    def __init__(self, database: Database, table: str) -> None:
+    def __init__(self, database: Database, table: str, *, patience: float = RETRY_SECONDS) -> None:
+        """`patience` is for how many seconds a change or reading is tried while the database is away."""
         self.database = database
         self.table = table
+        self._patience = patience
         self._queue = asyncio.Lock()
+        self._given_up = -math.inf, _NEVER
 
     async def migrate(self, steps: Sequence[Step]) -> None:
         """Bring the schema up to date: the ledger's own tables, then each of `steps` that was not applied yet.
 
         Safe when several servers start at once. A new database gets a new epoch.
         """
-        async for attempt in self._retrying("migrating"):
+        async for attempt in self._retrying("migrating", RETRY_SECONDS):
             with attempt:
                 async with (
                     self.database.connection() as connection,
@@ -200,16 +207,34 @@ class Ledger:
         `work` may run several times, and must change nothing but the database. What it raises rolls back and is
         raised here. Raises ValueError for a request id that is not 1 to 64 printable ASCII characters without blanks,
         TimeoutError when other changes of this process have kept it waiting for QUEUE_SECONDS, and the database's
-        error when that still stands after RETRY_SECONDS.
+        error when that still stands after the ledger's patience; also when it was so for a change that this one waited
+        for, since then it has waited long enough.
         """
         request_id = request_id if request_id is not None else secrets.token_hex(16)
         if not _REQUEST_ID.fullmatch(request_id):  # MySQL takes "a" and "a " for the same
             raise ValueError(f"request id: {request_id!r} is not 1 to 64 printable ASCII characters without blanks")
         made: list[Outcome[R]] = []
+        asked = time.monotonic()
         async with self._turn():
-            async for attempt in self._retrying("changing"):
-                with attempt:
-                    return await self._change(work, actor, request_id, made)
+            given_up, error = self._given_up
+            if asked < given_up:
+                raise type(error)(*error.args) from error
+            try:
+                async for attempt in self._retrying("changing", self._patience):
+                    with attempt:
+                        return await self._change(work, actor, request_id, made)
+            except Exception as error:
+                if is_transient(error):
+                    self._given_up = time.monotonic(), error
+                raise
+        raise AssertionError("retrying ends by returning or raising")
+
+    async def read(self, work: Callable[[DatabaseConnection], Awaitable[R]]) -> R:
+        """What `work` reads in one consistent view. It may run several times; raises what the database raises."""
+        async for attempt in self._retrying("reading", self._patience):
+            with attempt:
+                async with transaction(self.database, write=False) as connection:
+                    return await work(connection)
         raise AssertionError("retrying ends by returning or raising")
 
     @asynccontextmanager
@@ -248,14 +273,19 @@ class Ledger:
         request_id: str,
         made: list[Outcome[R]],
     ) -> Outcome[R]:
-        where = {"name": self.table}
-        await connection.execute("UPDATE table_head SET revision = revision + 1 WHERE name = :name", where)
-        revision = await connection.fetch_val("SELECT revision FROM table_head WHERE name = :name", where)
-        if revision is None:
-            raise LookupError(f"table_head has no row {self.table!r}: run the migrations first")
         same = {"name": self.table, "id": request_id}
-        query = "SELECT revision FROM change_log WHERE table_name = :name AND request_id = :id"
-        if (before := await connection.fetch_val(query, same)) is not None:
+        await connection.execute(
+            "UPDATE table_head SET revision = revision + 1 WHERE name = :name", {"name": self.table}
+        )
+        head = await connection.fetch_one(
+            "SELECT h.revision, l.revision AS made FROM table_head h LEFT JOIN change_log l"
+            " ON l.table_name = h.name AND l.request_id = :id WHERE h.name = :name",
+            same,
+        )
+        if head is None:
+            raise LookupError(f"table_head has no row {self.table!r}: run the migrations first")
+        revision = head["revision"]
+        if (before := head["made"]) is not None:
             # Made by an earlier try of this call, whose commit was not answered, or by another call with the same id.
             mine = next((outcome for outcome in reversed(made) if outcome.revision == before), None)
             return mine or Outcome(None, Revision(before), False, request_id)
@@ -272,8 +302,8 @@ class Ledger:
                 "revision": revision,
                 "actor": actor[:255],
                 "at": int(time.time() * 1000),
-                "changes": pack([[list(key), data] for key, data in changes]),
-                "events": pack(change._events),
+                "changes": await _encode([[list(key), data] for key, data in changes]),
+                "events": await _encode(change._events),
             },
         )
         return Outcome(result, Revision(revision), True, request_id, changes)
@@ -300,8 +330,8 @@ class Ledger:
                 row["request_id"],
                 row["actor"],
                 row["changed_at_ms"],
-                as_changes(unpack(row["changes"], "change log")),
-                tuple(unpack(row["events"], "change log")),
+                as_changes(decode_logged(row["changes"])),
+                tuple(decode_logged(row["events"])),
             )
             for row in rows
         ]
@@ -327,7 +357,7 @@ class Ledger:
     def _dialect(self) -> str:
         return str(self.database.url.dialect)
 
-    def _retrying(self, doing: str) -> AsyncRetrying:
+    def _retrying(self, doing: str, seconds: float) -> AsyncRetrying:
         def say(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             fields = about(table=self.table, attempt=state.attempt_number, error=repr(error))
@@ -335,11 +365,24 @@ class Ledger:
 
         return AsyncRetrying(
             retry=retry_if_exception(is_transient),
-            stop=stop_after_delay(RETRY_SECONDS),
+            stop=stop_after_delay(seconds),
             wait=wait_random_exponential(0.01, max=1),
             before_sleep=say,
             reraise=True,
         )
+
+
+async def _encode(items: Sequence[Any]) -> bytes:
+    """A list for the change log; a long one compressed, since MySQL takes only 16 MB at once."""
+    packed = pack(items)
+    return await asyncio.to_thread(zlib.compress, packed, 1) if len(packed) > COMPRESSED_FROM else packed
+
+
+def decode_logged(data: bytes) -> list[Any]:
+    """The list that a column of the change log holds. Raises Malformed."""
+    # zlib's first byte would be the number 120 in msgpack, and a list never begins with it.
+    items: list[Any] = unpack(zlib.decompress(data) if data[:1] == b"x" else data, "change log")
+    return items
 
 
 @asynccontextmanager

@@ -19,7 +19,7 @@ from bus.messages import AppId
 from services.policy.access import Space
 from services.policy.recent import Recent
 from services.policy.remote import Answer, Remote
-from services.policy.tag_pool import chunks
+from services.policy.rows import chunks
 from services.policy.uaa import OwnToken
 
 CHUNK = 100

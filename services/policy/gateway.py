@@ -115,7 +115,7 @@ class Gateway:
             log.exception("reading tags failed", extra=about(request=call.request_id))
             raise ApiError(500, "database read failed") from error
         digits = 2 * self._options.tag_length
-        return _json({"tags": [{"id": app, "tag": f"{tag:0{digits}X}", "type": "app"} for app, tag in tags]})
+        return _json({"tags": [{"id": app, "tag": f"{tag:0{digits}X}", "type": kind} for app, tag, kind in tags]})
 
     async def _health(self, _: Call) -> Response:
         if await self._database_problem() is not None:

@@ -5,13 +5,13 @@ between runs. What goes to the cells is decided here: the key (destination, sour
 the tag of each app that is in any policy. The number of statements grows with the request's length in chunks only.
 """
 
+import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sqlalchemy as sql
 from databases.core import Connection as DatabaseConnection
 
 from bus.failpoints import failpoint
@@ -19,21 +19,21 @@ from bus.ledger import Change, Ledger, Outcome
 from bus.log import about
 from bus.messages import AppId, Policy, Ports, Protocol, Revision, Tag, policy_key, tag_key
 from bus.tables import Key
-from services.policy.schema import policies, tags
-from services.policy.tag_pool import CHUNK, TagPool, chunks
+from services.policy import rows
+from services.policy.rows import APPS, chunks
+from services.policy.tag_pool import TagPool
 
 log = logging.getLogger(__name__)
 
 Pair = tuple[AppId, AppId]
 """Source and destination."""
 
-_COLUMNS = (
-    policies.c.id,
-    policies.c.source,
-    policies.c.destination,
-    policies.c.protocol,
-    policies.c.start_port,
-    policies.c.end_port,
+_POLICY: rows.Columns = (
+    ("source", str),
+    ("destination", str),
+    ("protocol", str),
+    ("start_port", int),
+    ("end_port", int),
 )
 
 
@@ -91,25 +91,26 @@ class Store:
 
     async def list(self, wanted: Filter) -> list[Policy]:
         """The policies that match, in the order in which they were added."""
-        query = sql.select(*_COLUMNS).order_by(policies.c.id)
-        # Long filters are applied here rather than as thousands of bound values.
-        if wanted.either is not None and len(wanted.either) <= CHUNK:
-            query = query.where(policies.c.source.in_(wanted.either) | policies.c.destination.in_(wanted.either))
-        if wanted.sources is not None and len(wanted.sources) <= CHUNK:
-            query = query.where(policies.c.source.in_(wanted.sources))
-        if wanted.destinations is not None and len(wanted.destinations) <= CHUNK:
-            query = query.where(policies.c.destination.in_(wanted.destinations))
-        found = (_policy(row) for row in await self._ledger.database.fetch_all(query))
-        return [policy for policy in found if wanted.matches(policy)]
 
-    async def tags(self) -> Sequence[tuple[AppId, Tag]]:
-        """The tags in use, ascending."""
-        query = sql.select(tags.c.app, tags.c.tag).where(tags.c.freed_at.is_(None)).order_by(tags.c.tag)
-        return [(AppId(row["app"]), Tag(row["tag"])) for row in await self._ledger.database.fetch_all(query)]
+        async def read(database: DatabaseConnection) -> list[Policy]:
+            return await select(database, wanted)
+
+        return await self._ledger.read(read)
+
+    async def tags(self) -> Sequence[tuple[AppId, Tag, str]]:
+        """App, tag and type of the tags in use, ascending."""
+
+        async def read(database: DatabaseConnection) -> Sequence[tuple[AppId, Tag, str]]:
+            found = await database.fetch_all(
+                "SELECT app, tag, type FROM silkbus_tags WHERE freed_at IS NULL ORDER BY tag"
+            )
+            return [(AppId(row["app"]), Tag(row["tag"]), row["type"]) for row in found]
+
+        return await self._ledger.read(read)
 
     async def check(self) -> None:
         """Raises what the database raises when it does not answer."""
-        await self._ledger.database.fetch_val(sql.select(1))
+        await self._ledger.database.fetch_val("SELECT 1")
 
     async def _change(
         self,
@@ -128,7 +129,7 @@ class Store:
         return outcome.revision
 
     async def _create(self, change: Change, requested: Sequence[Policy], quota: int | None) -> None:
-        present = await _rows(change.database, requested)
+        present = await _present(change.database, requested)
         new = [policy for policy in requested if policy not in present]
         if not new:
             return
@@ -137,85 +138,131 @@ class Store:
         apps = list(dict.fromkeys(app for policy in new for app in (policy.source, policy.destination)))
         for app, tag in (await self._tags.take(change.database, apps)).items():
             change.put(tag_key(app), tag)
-        for chunk in chunks(new):
-            await change.database.execute(policies.insert().values([_row(policy) for policy in chunk]))
+        await _insert(change.database, new)
+        await _note(change, apps)
         ports = _by_pair([*present, *new])
-        for source, destination in _by_pair(new):
-            change.put(policy_key(destination, source), [item.encode() for item in sorted(ports[source, destination])])
-        for policy in new:
-            change.event("policy.added", policy_key(policy.destination, policy.source), _event(policy))
+        await _put(change, _by_pair(new), ports)
+        await _tell(change, "policy.added", new)
         failpoint("policy.before-commit")
 
     async def _delete(self, change: Change, requested: Sequence[Policy]) -> None:
-        present = await _rows(change.database, requested)
+        present = await _present(change.database, requested)
         gone = [policy for policy in requested if policy in present]
         if not gone:
             return
-        for chunk in chunks(gone):
-            ids = [present[policy] for policy in chunk]
-            await change.database.execute(policies.delete().where(policies.c.id.in_(ids)))
+        ids = (present[policy] for policy in gone)
+        await rows.execute_in(change.database, "DELETE FROM silkbus_policies WHERE id IN ({numbers})", ids)
         removed = set(gone)
-        left = _by_pair(policy for policy in present if policy not in removed)
-        for source, destination in _by_pair(gone):
-            key = policy_key(destination, source)
-            if remaining := left.get((source, destination)):
-                change.put(key, [item.encode() for item in sorted(remaining)])
-            else:
-                change.delete(key)
+        await _put(change, _by_pair(gone), _by_pair(policy for policy in present if policy not in removed))
         apps = list(dict.fromkeys(app for policy in gone for app in (policy.source, policy.destination)))
+        await _note(change, apps)
         used = await _used(change.database, apps)
-        unused = [app for app in apps if app not in used]
-        await self._tags.free(change.database, unused)
-        for app in unused:
+        for app in await self._tags.free(change.database, [app for app in apps if app not in used]):
             change.delete(tag_key(app))
-        for policy in gone:
-            change.event("policy.removed", policy_key(policy.destination, policy.source), _event(policy))
+        await _tell(change, "policy.removed", gone)
         failpoint("policy.before-commit")
 
 
 async def entries(database: DatabaseConnection) -> Mapping[Key, Any]:
     """The whole `policies` table of the bus, as it is in SQL: what `bus.tables.Publisher` starts from."""
     found: dict[Key, Any] = {}
-    for (source, destination), ports in _by_pair(map(_policy, await database.fetch_all(sql.select(*_COLUMNS)))).items():
+    for (source, destination), ports in _by_pair(await select(database, Filter())).items():
         found[policy_key(destination, source)] = [item.encode() for item in sorted(ports)]
-    for row in await database.fetch_all(sql.select(tags.c.app, tags.c.tag).where(tags.c.freed_at.is_(None))):
+    for row in await database.fetch_all("SELECT app, tag FROM silkbus_tags WHERE freed_at IS NULL"):
         found[tag_key(AppId(row["app"]))] = row["tag"]
     return found
 
 
-async def _rows(database: DatabaseConnection, requested: Iterable[Policy]) -> dict[Policy, int]:
+async def select(database: DatabaseConnection, wanted: Filter) -> list[Policy]:
+    """The policies that match, in the order in which they were added."""
+    of_sources = "SELECT p.* FROM {rows} {then} silkbus_policies p ON p.source = item.app"
+    of_destinations = "SELECT p.* FROM {rows} {then} silkbus_policies p ON p.destination = item.app"
+    if wanted.either is None and wanted.sources is None and wanted.destinations is None:
+        found = await database.fetch_all("SELECT * FROM silkbus_policies")
+    else:
+        found = []
+        for apps, queries in (
+            (wanted.either, (of_sources, of_destinations)),
+            (wanted.sources, (of_sources,)),
+            (wanted.destinations, (of_destinations,)),
+        ):
+            if apps is not None:
+                for query in queries:
+                    found += await rows.select(database, query, APPS, ((app,) for app in set(apps)))
+                break
+    by_id: dict[int, Policy] = {}
+    for chunk in chunks(found, 1000):
+        by_id.update((row["id"], policy) for row in chunk if wanted.matches(policy := _policy(row)))
+        await asyncio.sleep(0)  # long lists are not made at one go
+    return [by_id[number] for number in sorted(by_id)]
+
+
+async def _present(database: DatabaseConnection, requested: Iterable[Policy]) -> dict[Policy, int]:
     """Every policy between the pairs of the requested ones, with its row's id."""
-    present = {}
-    for chunk in chunks(_by_pair(requested)):
-        # Not a comparison of tuples, for which SQLite reads the whole table.
-        same = [
-            (policies.c.source == source) & (policies.c.destination == destination) for source, destination in chunk
-        ]
-        query = sql.select(*_COLUMNS).where(sql.or_(*same))
-        present.update({_policy(row): row["id"] for row in await database.fetch_all(query)})
-    return present
+    query = (
+        "SELECT p.* FROM {rows} {then} silkbus_policies p"
+        " ON p.source = item.source AND p.destination = item.destination"
+    )
+    found = await rows.select(database, query, (("source", str), ("destination", str)), _by_pair(requested))
+    return {_policy(row): row["id"] for row in found}
+
+
+async def _insert(database: DatabaseConnection, new: Iterable[Policy]) -> None:
+    query = (
+        "INSERT INTO silkbus_policies (source, destination, protocol, start_port, end_port)"
+        " SELECT source, destination, protocol, start_port, end_port FROM {rows} ORDER BY position"
+    )
+    items = ((number, *_row(policy)) for number, policy in enumerate(new))
+    await rows.execute(database, query, (("position", int), *_POLICY), items)
+
+
+async def _note(change: Change, apps: Iterable[AppId]) -> None:
+    """Note that the change concerns these apps, for the history."""
+    query = "INSERT INTO silkbus_changed_apps ({columns}) SELECT {columns} FROM {rows}"
+    items = ((app, int(change.revision)) for app in apps)
+    await rows.execute(change.database, query, (("app", str), ("revision", int)), items)
+
+
+async def _put(change: Change, pairs: Iterable[Pair], ports: Mapping[Pair, Collection[Ports]]) -> None:
+    """Say which ports these pairs now have, if any."""
+    for chunk in chunks(pairs):
+        for source, destination in chunk:
+            key = policy_key(destination, source)
+            if remaining := ports.get((source, destination)):
+                change.put(key, [item.encode() for item in sorted(remaining)])
+            else:
+                change.delete(key)
+        await asyncio.sleep(0)
+
+
+async def _tell(change: Change, kind: str, policies: Iterable[Policy]) -> None:
+    for chunk in chunks(policies):
+        for policy in chunk:
+            change.event(kind, policy_key(policy.destination, policy.source), _event(policy))
+        await asyncio.sleep(0)
 
 
 async def _check_quota(database: DatabaseConnection, new: Iterable[Policy], quota: int) -> None:
     """Raises QuotaExceeded. Exact because it is asked under the head's lock: nobody else adds policies meanwhile."""
     added = Counter(policy.source for policy in new)
-    for chunk in chunks(added):
-        counted = sql.select(policies.c.source, sql.func.count().label("count")).where(policies.c.source.in_(chunk))
-        rows = await database.fetch_all(counted.group_by(policies.c.source))
-        present = {AppId(row["source"]): int(row["count"]) for row in rows}
-        for source in chunk:
-            if present.get(source, 0) + added[source] > quota:
-                raise QuotaExceeded(f"{source} would have {present.get(source, 0) + added[source]} of {quota} policies")
+    query = (
+        "SELECT p.source, COUNT(*) AS present FROM {rows} {then} silkbus_policies p"
+        " ON p.source = item.app GROUP BY p.source"
+    )
+    found = await rows.select(database, query, APPS, ((source,) for source in added))
+    present = {AppId(row["source"]): int(row["present"]) for row in found}
+    for source in added:
+        if present.get(source, 0) + added[source] > quota:
+            raise QuotaExceeded(f"{source} would have {present.get(source, 0) + added[source]} of {quota} policies")
 
 
 async def _used(database: DatabaseConnection, apps: Iterable[AppId]) -> set[AppId]:
     """Which of these apps are an end of some policy."""
-    used: set[AppId] = set()
-    for chunk in chunks(apps):
-        for column in (policies.c.source, policies.c.destination):
-            rows = await database.fetch_all(sql.select(column).where(column.in_(chunk)).distinct())
-            used.update(AppId(row[column.name]) for row in rows)
-    return used
+    query = (
+        "SELECT app FROM {rows} WHERE EXISTS (SELECT 1 FROM silkbus_policies p WHERE p.source = item.app)"
+        " OR EXISTS (SELECT 1 FROM silkbus_policies p WHERE p.destination = item.app)"
+    )
+    return {AppId(row["app"]) for row in await rows.select(database, query, APPS, ((app,) for app in apps))}
 
 
 def _by_pair(items: Iterable[Policy]) -> dict[Pair, list[Ports]]:
@@ -225,14 +272,8 @@ def _by_pair(items: Iterable[Policy]) -> dict[Pair, list[Ports]]:
     return pairs
 
 
-def _row(policy: Policy) -> dict[str, Any]:
-    return {
-        "source": policy.source,
-        "destination": policy.destination,
-        "protocol": str(policy.ports.protocol),
-        "start_port": policy.ports.start,
-        "end_port": policy.ports.end,
-    }
+def _row(policy: Policy) -> tuple[str | int, ...]:
+    return policy.source, policy.destination, policy.ports.protocol.value, policy.ports.start, policy.ports.end
 
 
 def _policy(row: Any) -> Policy:
