@@ -11,8 +11,9 @@ once, while one taken away counts that much later.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import TypeVar
 
 from bus.decode import Fields, Malformed
 from bus.messages import AppId
@@ -21,6 +22,8 @@ from services.policy.recent import Recent
 from services.policy.remote import Answer, Remote
 from services.policy.rows import chunks
 from services.policy.uaa import OwnToken
+
+T = TypeVar("T")
 
 CHUNK = 100
 """Apps asked for at once, as the original does: longer addresses are refused on the way."""
@@ -59,20 +62,21 @@ class CloudController:
         if known is not None and wanted <= known:
             return known
         query = {"types": "space_developer", "user_guids": subject, "per_page": str(ROLES_PER_PAGE)}
-        spaces = frozenset([space async for item in self._pages("/v3/roles", query) for space in _role(item, subject)])
+        spaces = frozenset(await self._list("/v3/roles", query, lambda item: _role(item, subject)))
         self._developers.put(subject, spaces)
         return spaces
 
     async def _ask_apps(self, apps: Sequence[AppId]) -> dict[AppId, Space]:
         query = {"guids": ",".join(apps), "per_page": str(len(apps))}
         asked = set(apps)
-        found = {app: space async for item in self._pages("/v3/apps", query) for app, space in _app(item, asked)}
+        found = dict(await self._list("/v3/apps", query, lambda item: _app(item, asked)))
         for app, space in found.items():
             self._apps.put(app, space)
         return found
 
-    async def _pages(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Fields]:
-        """The resources on all pages of a list."""
+    async def _list(self, path: str, query: Mapping[str, str], read: Callable[[Fields], Iterable[T]]) -> list[T]:
+        """What `read` makes of the resources on all pages of a list."""
+        found: list[T] = []
         page, pages = 1, 1
         while page <= pages:
             answer = await self._get(path, {**query, "page": str(page)} if page > 1 else query)
@@ -82,10 +86,11 @@ class CloudController:
                     pagination = Fields(fields.mapping("pagination"), f"{path}: pagination")
                     pages = pagination.integer("total_pages", high=MAX_PAGES)
                 for item in fields.items("resources"):
-                    yield Fields(item, f"{path}: resource")
+                    found += read(Fields(item, f"{path}: resource"))
             except Malformed as error:
                 raise self._remote.malformed(error, path) from None
             page += 1
+        return found
 
     async def _get(self, path: str, query: Mapping[str, str]) -> Answer:
         for _ in range(2):

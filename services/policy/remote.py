@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 TRIES = 2
 CONNECT_SECONDS = 2.0
-TRY_SECONDS = 5.0
-TOTAL_SECONDS = 8.0
+TRY_SECONDS = 4.0
+TOTAL_SECONDS = 6.0
 PAUSE = 0.2
 MAX_PAUSE = 2.0
 """A server that wants to be left alone for longer, by Retry-After, is not tried again."""

@@ -151,7 +151,6 @@ def _decode(key: Any) -> tuple[str, jwt.PyJWK]:
     allowed = _ALGORITHMS.get(str(key.get("kty")))
     if allowed is None or key.get("use", "sig") != "sig":
         raise ValueError(f"{key['kid']}: of type {key.get('kty')!r}, no public key for signatures")
-    usable = jwt.PyJWK.from_dict(key)
-    if usable.algorithm_name not in allowed:
+    if key.get("alg") not in (None, *allowed) or (usable := jwt.PyJWK.from_dict(key)).algorithm_name not in allowed:
         raise ValueError(f"{key['kid']}: its algorithm must be one of {', '.join(allowed)}")
     return key["kid"], usable

@@ -39,9 +39,10 @@ def body(*policies: Any) -> dict[str, Any]:
 class PolicyServer:
     """The server's process. It inherits its listening socket, so a client may call before it is up."""
 
-    def __init__(self, folder: Path, nats: str = NOWHERE) -> None:
+    def __init__(self, folder: Path, nats: str = NOWHERE, **settings: object) -> None:
         self.folder = folder
         self.nats = nats
+        self.settings = {f"SILKBUS_{name.upper()}": str(value) for name, value in settings.items()}
         self.tokens = folder / "tokens.json"
         self.tokens.write_text(json.dumps(TOKENS))
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -59,6 +60,7 @@ class PolicyServer:
             "SILKBUS_TOKENS": str(self.tokens),
             "SILKBUS_NATS": self.nats,
             "SILKBUS_FAILPOINTS": failpoints,
+            **self.settings,
         }
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
