@@ -141,6 +141,19 @@ def test_heartbeats_while_the_whole_table_loads_do_not_make_it_load_twice() -> N
     assert made.begin_ask().since == 7
 
 
+def test_changes_while_the_whole_table_loads_wait_for_it() -> None:
+    centre, other = Centre(revision=3), Centre(revision=2)
+    other.commit(99)
+    made = replica(centre)
+    made.on_heartbeat(other.heartbeat(), 100.0)
+    assert made.begin_ask().since == -1
+    snapshot = other.answer("snapshot")
+    made.on_change(other.commit(100), 100.1)
+    assert made.revision == 3, "it does not follow on what we hold"
+    made.on_answer(*snapshot, 100.2)
+    assert (made.revision, made.content.entries) == (4, other.content.entries)
+
+
 def test_changes_while_the_first_table_loads_wait_for_it() -> None:
     centre = Centre()
     made = replica()
@@ -159,6 +172,7 @@ def test_an_answer_confirms_only_what_its_server_vouches_for() -> None:
         assert made.state is (State.CACHED if now <= 160 else State.DEGRADED)
         made.begin_ask()
         made.on_answer(*centre.answer("current" if made.content.epoch else "snapshot", age=now - 100.0), now)
+        assert made.state is not State.LIVE
     made.tick(170.0)
     assert (made.state, made.entries) == (State.DEGRADED, {})
     made.begin_ask()
