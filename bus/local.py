@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -172,17 +173,30 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving(app: Starlette, listener: socket.socket, *, private: bool = False) -> AsyncIterator[None]:
-    """Serve `app` on a bound socket while inside; on leaving, finish what was begun (at most STOP_TIMEOUT seconds)."""
+async def serving(
+    app: Starlette,
+    listener: socket.socket,
+    *,
+    protocol: type[asyncio.Protocol] = H11Protocol,
+    tls: ssl.SSLContext | None = None,
+    stop_timeout: int = STOP_TIMEOUT,
+) -> AsyncIterator[None]:
+    """Serve `app` on a bound socket while inside; on leaving, finish what was begun (at most `stop_timeout` seconds).
+
+    `protocol` is uvicorn's HTTP, or made of it.
+    """
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         lifespan="off",
-        http=_PrivateProtocol if private else "auto",
-        timeout_graceful_shutdown=STOP_TIMEOUT,
+        http=protocol,
+        ws="none",
+        timeout_graceful_shutdown=stop_timeout,
         server_header=False,
     )
+    config.load()
+    config.ssl = tls
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
@@ -203,7 +217,7 @@ async def serving_privately(app: Starlette, path: Path) -> AsyncIterator[None]:
     """Serve `app` on the private Unix socket `path`; a socket left there by a dead process is replaced."""
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(private_socket(path))
-        await stack.enter_async_context(serving(app, listener, private=True))
+        await stack.enter_async_context(serving(app, listener, protocol=_PrivateProtocol))
         yield
 
 
