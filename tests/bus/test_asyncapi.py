@@ -177,8 +177,18 @@ def check(heard: list[Msg]) -> set[tuple[str, str]]:
             if len(parts) == content["parts"]:
                 whole = b"".join(parts[number] for number in sorted(parts))
                 pointer = f"#/components/messages/{name}/payload/properties/data/x-joined-schema"
-                asyncapi.validate(pointer, msgpack.unpackb(zlib.decompress(whole)) if whole else [])
+                for plain in decompressed(whole):
+                    asyncapi.validate(pointer, msgpack.unpackb(plain))
     return seen
+
+
+def decompressed(data: bytes) -> Iterator[bytes]:
+    """The contents of the zlib streams in `data`."""
+    while data:
+        engine = zlib.decompressobj()
+        yield engine.decompress(data)
+        assert engine.eof
+        data = engine.unused_data
 
 
 def test_the_document_notices_what_is_wrong() -> None:
