@@ -294,3 +294,12 @@ def is_already_there(error: BaseException) -> bool:
     """Whether MySQL says that what a migration makes exists: a table, a column, an index."""
     is_mysql = type(error).__module__.startswith("pymysql")
     return is_mysql and bool(error.args) and error.args[0] in (1050, 1060, 1061)
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether the database says that there is no such table."""
+    if isinstance(error, sqlite3.OperationalError):
+        return str(error).startswith("no such table")
+    if type(error).__module__.startswith("pymysql"):
+        return bool(error.args) and error.args[0] == 1146
+    return getattr(error, "sqlstate", None) == "42P01"

@@ -22,6 +22,7 @@ import secrets
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
@@ -39,7 +40,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from bus.database import is_already_there, is_transient, transaction
+from bus.database import is_already_there, is_missing, is_transient, transaction
 from bus.log import about
 from bus.messages import Revision
 from bus.tables.table import Changes, Content, Key, as_changes
@@ -141,6 +142,10 @@ class LogEntry:
     events: tuple[Mapping[str, Any], ...]
 
 
+class SchemaTooNew(Exception):
+    """The database was migrated by a later version of this program."""
+
+
 class _Unchanged(Exception):
     """Carries the result out of a transaction that must be rolled back."""
 
@@ -162,7 +167,7 @@ class Ledger:
     async def migrate(self, steps: Sequence[Step]) -> None:
         """Bring the schema up to date: the ledger's own tables, then each of `steps` that was not applied yet.
 
-        Safe when several servers start at once. A new database gets a new epoch.
+        Safe when several servers start at once. A new database gets a new epoch. Raises SchemaTooNew.
         """
         async for attempt in self._retrying("migrating", RETRY_SECONDS):
             with attempt:
@@ -173,12 +178,27 @@ class Ledger:
                 ):
                     await self._migrate(connection, [*_LEDGER_STEPS, *steps])
 
+    async def pending(self, steps: Sequence[Step]) -> list[str]:
+        """The ids of the steps that `migrate` would run, in order. Raises SchemaTooNew."""
+        async for attempt in self._retrying("reading the migrations", self._patience):
+            with attempt:
+                try:
+                    applied = {row["id"] for row in await self.database.fetch_all("SELECT id FROM migration")}
+                except Exception as error:
+                    if not is_missing(error):
+                        raise
+                    applied = set()
+        known = [*_LEDGER_STEPS, *steps]
+        _refuse_unknown(applied, known)
+        return [name for name, _ in known if name not in applied]
+
     async def _migrate(self, connection: DatabaseConnection, steps: Sequence[Step]) -> None:
         if self._dialect == "postgresql":
             await connection.execute(f"SET LOCAL lock_timeout = '{MIGRATION_SECONDS}s'")
             await connection.execute(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
         await connection.execute(CreateTable(MIGRATION, if_not_exists=True))
         applied = {row["id"] for row in await connection.fetch_all("SELECT id FROM migration")}
+        _refuse_unknown(applied, steps)
         for name, statements in steps:
             if name in applied:
                 continue
@@ -369,6 +389,18 @@ class Ledger:
             wait=wait_random_exponential(0.01, max=1),
             before_sleep=say,
             reraise=True,
+        )
+
+
+def _refuse_unknown(applied: AbstractSet[str], steps: Sequence[Step]) -> None:
+    """Raises SchemaTooNew. Steps of another series, NAME-1, NAME-2…, belong to another table in the same database."""
+    known = {name for name, _ in steps}
+    series = {name.rpartition("-")[0] for name in known}
+    unknown = sorted(name for name in applied - known if name.rpartition("-")[0] in series)
+    if unknown:
+        raise SchemaTooNew(
+            f"the schema is newer than this program, which does not know {', '.join(unknown)}: upgrade the program, or "
+            f"use another database"
         )
 
 

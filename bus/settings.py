@@ -118,8 +118,11 @@ class CellSettings(ServiceSettings):
         return self.run_dir / service / f"{service}.sock"
 
 
-def load(kind: type[T], file: Path | None, environment: Mapping[str, str]) -> T:
-    """Settings of `kind` from these sources. Raises SettingsError."""
+def load(kind: type[T], file: Path | None, environment: Mapping[str, str], *, partial: bool = False) -> T:
+    """Settings of `kind` from these sources. Raises SettingsError.
+
+    With `partial` the file may hold other settings, too: it is that of a service, and `kind` a part of its settings.
+    """
     values: dict[str, Any] = {}
     problems: list[str] = []
     if file is not None:
@@ -134,7 +137,8 @@ def load(kind: type[T], file: Path | None, environment: Mapping[str, str]) -> T:
         values.update(content)
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    problems += [f"{file}: {name}: no such setting" for name in values if name not in fields]
+    if not partial:
+        problems += [f"{file}: {name}: no such setting" for name in values if name not in fields]
     sources = {name: f"{file}: {name}" for name in values}
     for name in fields:
         variable = f"SILKBUS_{name.upper()}"

@@ -11,17 +11,14 @@ import re
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from databases import DatabaseURL
-
 from bus.connection import connect
-from bus.database import open_database
 from bus.decode import Malformed
 from bus.events import Relay
-from bus.ledger import Ledger, Outcome
+from bus.ledger import Outcome
 from bus.local import serving
 from bus.log import about, setup
 from bus.process import run
@@ -29,7 +26,7 @@ from bus.settings import from_command_line, setting
 from bus.tables import POLICIES, Publisher
 from services.policy.authority import AuthoritySettings, open_authority
 from services.policy.gateway import Gateway, Options
-from services.policy.schema import MIGRATIONS
+from services.policy.migrate import CannotOpen, open_ledger
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
 
@@ -65,16 +62,16 @@ def main() -> None:
     setup("policy-server", settings.log_level)
     try:
         run(lambda: serve(settings))
-    except (CannotStart, Malformed) as error:
+    except (CannotStart, CannotOpen, Malformed) as error:
         sys.exit(f"{PROGRAM}: {error}")
 
 
 async def serve(settings: PolicySettings) -> None:
-    """Serve until cancelled; then finish the requests begun. Raises CannotStart or Malformed."""
+    """Serve until cancelled; then finish the requests begun. Raises CannotStart, CannotOpen or Malformed."""
     with listening(settings.listen) as listener:
         async with (
             open_authority(settings) as authority,
-            open_ledger(settings.database) as ledger,
+            open_ledger(settings.database, settings.database_options) as ledger,
             connect(
                 settings.nats, role="policy-server", name=_instance(), credentials=settings.nats_credentials
             ) as connection,
@@ -105,19 +102,6 @@ async def serve(settings: PolicySettings) -> None:
                     "listening", extra=about(address=host, port=port, database=ledger.database.url.obscure_password)
                 )
                 await asyncio.Event().wait()
-
-
-@asynccontextmanager
-async def open_ledger(url: str) -> AsyncIterator[Ledger]:
-    """The ledger of the `policies` table in the database at `url`, its schema up to date. Raises CannotStart."""
-    async with AsyncExitStack() as stack:
-        try:
-            database = await stack.enter_async_context(open_database(url))
-            ledger = Ledger(database, POLICIES.name)
-            await ledger.migrate(MIGRATIONS)
-        except Exception as error:
-            raise CannotStart(f"database {DatabaseURL(url).obscure_password}: {error!r}") from error
-        yield ledger
 
 
 @contextmanager

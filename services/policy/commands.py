@@ -1,0 +1,98 @@
+"""`silkbus policy`: what an operator does to the policy server's database, beside the servers."""
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from databases import DatabaseURL
+
+from bus.log import setup
+from bus.settings import CentralSettings, SettingsError, load, setting
+from services.policy.migrate import CannotOpen, open_ledger, pending
+from services.policy.takeover import Refused, Report, take_over
+
+PROGRAM = "silkbus policy"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseSettings(CentralSettings):
+    """Those of the policy server's settings that say which database it has, and how it is connected to."""
+
+    database: str = setting("SQL database, as a URL", "sqlite:///policy.db")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    environment = dict(os.environ)
+    if options.database:
+        environment["SILKBUS_DATABASE"] = options.database
+    try:
+        settings = load(DatabaseSettings, options.config, environment, partial=True)
+        setup("policy", settings.log_level)
+        if options.command == "migrate":
+            asyncio.run(_migrate(settings, options.dry_run))
+        else:
+            asyncio.run(_import(settings, options.source))
+    except (SettingsError, CannotOpen, Refused) as error:
+        sys.stderr.write("".join(f"{PROGRAM} {options.command}: {line}\n" for line in str(error).splitlines()))
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROGRAM, description="The policy server's database.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    migrate = commands.add_parser(
+        "migrate",
+        help="bring the schema up to date",
+        description="Bring the schema up to date, as each server does.",
+    )
+    migrate.add_argument("--dry-run", action="store_true", help="only list the steps that would be taken")
+    take = commands.add_parser(
+        "import",
+        help="take over the database of Cloud Foundry's own policy server",
+        description="Take over tags, policies and security groups from the database of Cloud Foundry's own policy "
+        "server. Nothing is changed there. Stop the original's servers first. Safe to repeat.",
+    )
+    take.add_argument(
+        "--from",
+        dest="source",
+        metavar="URL",
+        help="the original's database; left out: its tables lie in our own database",
+    )
+    for command in (migrate, take):
+        command.add_argument("--database", metavar="URL", help="our database; else as the policy server is told it")
+        command.add_argument("--config", type=Path, metavar="FILE", help="the policy server's settings")
+    return parser
+
+
+async def _migrate(settings: DatabaseSettings, dry_run: bool) -> None:
+    steps = await pending(settings.database, settings.database_options)
+    if not dry_run:
+        async with open_ledger(settings.database, settings.database_options):
+            pass
+    sys.stdout.write("".join(f"{step}\n" for step in steps) if steps else "the schema is up to date\n")
+
+
+async def _import(settings: DatabaseSettings, source: str | None) -> None:
+    async with open_ledger(settings.database, settings.database_options) as ledger:
+        report = await take_over(ledger, source or settings.database, settings.database_options)
+    url = DatabaseURL(source or settings.database).obscure_password
+    sys.stdout.write(_text(report, url))
+
+
+def _text(report: Report, url: str) -> str:
+    lines = [
+        f"taken over from {url}, and compared:",
+        f"  tags             {report.tags} ({report.new_tags} new)",
+        f"  policies         {report.policies} ({report.new_policies} new)",
+        f"  security groups  {report.security_groups} ({report.new_security_groups} new)",
+    ]
+    if report.left_out:
+        lines.append("left out, since they allow nothing:")
+        lines += [f"  {reason}" for reason in report.left_out]
+    return "\n".join(lines) + "\n"
