@@ -92,6 +92,11 @@ class Connection:
         """The largest message the server takes, in bytes; NATS's default while that is not known."""
         return int(self._client.max_payload) if self._client is not None else 1 << 20
 
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait to be sent. When there are too many, messages are dropped."""
+        return int(self._client.pending_data_size) if self._client is not None else 0
+
     def on_connect(self, watcher: Callable[[], None]) -> None:
         """Call `watcher` after each connection made from now on."""
         self._watchers.append(watcher)
@@ -226,6 +231,8 @@ class Connection:
             begun = time.monotonic()
             try:
                 await self._watch(client, ended)
+            except Exception:  # whatever nats-py raises, the answer is another client
+                log.exception("NATS client failed", extra=about(servers=self.servers))
             finally:
                 self._client = None
                 self._connected.clear()
