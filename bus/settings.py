@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from bus.credentials import Credentials
 from bus.database_options import DatabaseOptions
@@ -191,12 +191,11 @@ def _convert(value: Any, kind: Any) -> Any:
     return kind(value)
 
 
-def from_command_line(kind: type[T], program: str, what: str) -> T:
-    """Settings for a service's main: reads `--config FILE` and the environment; prints what is wrong and exits 2."""
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+def command_line(kind: type[Any], program: str, what: str) -> argparse.ArgumentParser:
+    """The parser for a service's main: `--config FILE`, and its settings in the help."""
     lines = [
         f"  {f.name:22} {f.metadata['help']} " + ("(required)" if f.default is _REQUIRED else f"[{f.default}]")
-        for f in fields
+        for f in dataclasses.fields(kind)
     ]
     parser = argparse.ArgumentParser(
         program,
@@ -205,9 +204,19 @@ def from_command_line(kind: type[T], program: str, what: str) -> T:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as a JSON object")
-    arguments = parser.parse_args()
+    return parser
+
+
+def from_command_line(kind: type[T], program: str, what: str) -> T:
+    """Settings for a service's main: reads `--config FILE` and the environment; prints what is wrong and exits 2."""
+    arguments = command_line(kind, program, what).parse_args()
     try:
         return load(kind, arguments.config, os.environ)
     except SettingsError as error:
-        sys.stderr.writelines(f"{program}: {line}\n" for line in str(error).splitlines())
-        sys.exit(2)
+        refuse(program, error)
+
+
+def refuse(program: str, error: SettingsError) -> NoReturn:
+    """Print what is wrong with the settings, and exit 2."""
+    sys.stderr.writelines(f"{program}: {line}\n" for line in str(error).splitlines())
+    sys.exit(2)

@@ -21,7 +21,7 @@ LEVELS = {
     "warn": logging.WARNING,
     "warning": logging.WARNING,
 }
-"""Levels by their names, first letters and numbers; words also in capitals. Warnings are ours, the original has none."""
+"""Levels by their names, first letters and numbers; words also in capitals. The original has no warnings."""
 MAX_BODY = 64
 
 

@@ -48,6 +48,22 @@ def get_integer(fields: Object, name: str, where: str) -> int:
     return value
 
 
+def get_flag(fields: Object, name: str, where: str) -> bool:
+    """A boolean, False if absent."""
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise Malformed(f"{where}.{name} must be a boolean, not {_kind(value)}")
+    return value
+
+
+def get_texts(fields: Object, name: str, where: str) -> list[str]:
+    """A list of texts, empty if absent."""
+    value = fields.get(name, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise Malformed(f"{where}.{name} must be a list of strings")
+    return value
+
+
 def get_object(fields: Object, name: str, where: str) -> Object:
     """An object, empty if absent."""
     return as_object(fields.get(name), f"{where}.{name}")

@@ -11,9 +11,9 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 from bus.connection import connect
 from bus.decode import Malformed
@@ -22,54 +22,56 @@ from bus.ledger import Outcome
 from bus.local import serving
 from bus.log import about, setup
 from bus.process import run
-from bus.settings import from_command_line, setting
+from bus.settings import SettingsError, command_line, load, refuse
 from bus.tables import POLICIES, Publisher
-from services.policy.authority import AuthoritySettings, open_authority
-from services.policy.gateway import Gateway, Options
+from services.policy import debug, legacy_config
+from services.policy.authority import open_authority
+from services.policy.gateway import Gateway
+from services.policy.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
 from services.policy.migrate import CannotOpen, open_ledger
+from services.policy.settings import PolicySettings
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
 
 PROGRAM = "silkbus-policy-server"
-_LISTEN = re.compile(r"fd:\d+|([^\[\]:]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
 log = logging.getLogger(__name__)
 
 
-class CannotStart(Exception):
-    """Something that the server needs at start is not there. The text says what."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySettings(AuthoritySettings):
-    """Settings of the policy server."""
-
-    database: str = setting("SQL database, as a URL", "sqlite:///policy.db")
-    listen: str = setting("where the API listens: HOST:PORT, or fd:N for a socket inherited", "127.0.0.1:4002")
-    max_stale: int = setting("seconds a cell may act on its last known state; freed tags rest longer", 604_800)
-
-    def __post_init__(self) -> None:
-        # Named, since a dataclass with slots is made anew and has not the class that super() would look for.
-        AuthoritySettings.__post_init__(self)
-        if not _LISTEN.fullmatch(self.listen):
-            raise Malformed(f"listen: {self.listen!r} is neither HOST:PORT nor fd:N")
-        if self.max_stale < 0:
-            raise Malformed(f"max_stale: must not be negative, as {self.max_stale} is")
-
-
 def main() -> None:
-    settings = from_command_line(PolicySettings, PROGRAM, "Policies and tags: HTTP API, SQL, and the table on the bus.")
+    parser = command_line(PolicySettings, PROGRAM, "Policies and tags: HTTP API, SQL, and the table on the bus.")
+    parser.add_argument(
+        "-config-file",
+        "--config-file",
+        type=Path,
+        metavar="PATH",
+        help="configuration of Cloud Foundry's own policy server; has precedence over FILE, the environment over both",
+    )
+    arguments = parser.parse_args()
+    try:
+        legacy = None if arguments.config_file is None else legacy_config.read(arguments.config_file)
+        environment = {**(legacy.environment if legacy else {}), **os.environ}
+        settings = load(PolicySettings, arguments.config, environment)
+    except legacy_config.CannotUse as error:
+        sys.exit(str(error))
+    except SettingsError as error:
+        refuse(PROGRAM, error)
     setup("policy-server", settings.log_level)
     try:
         run(lambda: serve(settings))
-    except (CannotStart, CannotOpen, Malformed) as error:
-        sys.exit(f"{PROGRAM}: {error}")
+    except CannotOpen as error:
+        sys.exit(legacy.fatal(f"db connect: unable to ping: {error}") if legacy else f"{PROGRAM}: {error}")
+    except (CannotListen, Malformed) as error:
+        sys.exit(legacy.fatal(str(error)) if legacy else f"{PROGRAM}: {error}")
 
 
 async def serve(settings: PolicySettings) -> None:
-    """Serve until cancelled; then finish the requests begun. Raises CannotStart, CannotOpen or Malformed."""
+    """Serve until cancelled; then finish the requests begun. Raises CannotListen, CannotOpen or Malformed."""
+    raise_file_limit()
+    tls = settings.tls()
     with listening(settings.listen) as listener:
         async with (
+            _debugging(settings.debug_listen),
             open_authority(settings) as authority,
             open_ledger(settings.database, settings.database_options) as ledger,
             connect(
@@ -93,10 +95,12 @@ async def serve(settings: PolicySettings) -> None:
                 Store(ledger, pool, committed),
                 authority.authenticator,
                 authority.access,
-                Options(max_policies=settings.max_policies),
+                settings.gateway_options,
                 bus_connected=lambda: connection.connected,
             )
-            async with serving(gateway.application(), listener):
+            async with serving(
+                gateway.application(), listener, protocol=BoundedProtocol, tls=tls, stop_timeout=STOP_SECONDS
+            ):
                 host, port = listener.getsockname()[:2]
                 log.info(
                     "listening", extra=about(address=host, port=port, database=ledger.database.url.obscure_password)
@@ -104,21 +108,15 @@ async def serve(settings: PolicySettings) -> None:
                 await asyncio.Event().wait()
 
 
-@contextmanager
-def listening(where: str) -> Iterator[socket.socket]:
-    """A bound, listening socket: `HOST:PORT`, or `fd:N`. Raises CannotStart."""
-    try:
-        if where.startswith("fd:"):
-            listener = socket.socket(fileno=int(where.removeprefix("fd:")))
-        else:
-            host, _, port = where.rpartition(":")
-            family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-            listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise CannotStart(f"cannot listen on {where}: {error}") from error
-    with listener:
-        listener.setblocking(False)
-        yield listener
+@asynccontextmanager
+async def _debugging(where: str) -> AsyncIterator[None]:
+    """The debug server, if it is wanted. Raises CannotListen."""
+    if not where:
+        yield
+        return
+    with listening(where) as listener:
+        async with serving(debug.application(), listener, protocol=BoundedProtocol):
+            yield
 
 
 def _instance() -> str:
