@@ -4,7 +4,7 @@ Major versions do not understand each other and are refused; a reader ignores th
 added. Everything malformed raises `Malformed`, never anything else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgpack
@@ -25,6 +25,18 @@ def unpack(data: bytes, where: str) -> Any:
         return msgpack.unpackb(data, strict_map_key=False)
     except Exception as error:  # noqa: BLE001 (msgpack documents no common base for what bad input raises)
         raise Malformed(f"{where}: not msgpack: {error!r}") from None
+
+
+def unpack_each(data: bytes, where: str) -> Iterator[Any]:
+    """The values of which `data` is the concatenation."""
+    unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=max(1, len(data)))
+    try:
+        unpacker.feed(data)
+        yield from unpacker
+    except Exception as error:  # noqa: BLE001 (as above)
+        raise Malformed(f"{where}: not msgpack: {error!r}") from None
+    if unpacker.tell() != len(data):
+        raise Malformed(f"{where}: cut short")
 
 
 def encode(message: Mapping[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ CLOCK_BOOTTIME), looks at `ask_at`, and asks the centre when that time has come.
     heartbeat  our revision and digest: confirmed; another digest or epoch: take the whole table; a later revision: ask;
                a lower one three times running: the database was restored, take the whole table
     silence    of three heartbeats: ask
-    answer     applied as a whole; live changes that came while a whole table loads wait for it
+    answer     applied as a whole; live changes that came while a whole table loads wait for it; "busy": ask later
 
 Within an epoch a replica goes back to a lower revision only while heartbeats keep saying that the database was
 restored: one answer of a server that lags behind must not bring a revoked policy back.
@@ -25,7 +25,7 @@ from prometheus_client import Counter
 from bus.decode import Fields, Malformed
 from bus.log import about
 from bus.messages import Revision
-from bus.tables.table import Changes, Content, Key, Table, Update, as_changes
+from bus.tables.table import Changes, Content, Key, Table, Update, as_changes, unpack_changes
 from bus.wire import unpack
 
 log = logging.getLogger(__name__)
@@ -183,10 +183,13 @@ class Follower(Generic[V]):
 
         `age` in the head is how many seconds ago the server last found its own state equal to the database's.
         """
-        self._loading_whole = False
-        self._heard(now)
-        self._failures = 0
         kind, epoch = head.text("kind"), head.text("epoch")
+        self._heard(now)
+        if kind == "busy":
+            self.on_no_answer(now)
+            return
+        self._loading_whole = False
+        self._failures = 0
         revision, digest = Revision(head.integer("revision")), head.data("digest")
         seen_at = now - (max(0.0, head.number("age")) if "age" in head else 0.0)
         if now - seen_at > self._max_stale:
@@ -198,7 +201,7 @@ class Follower(Generic[V]):
                 self._want("epoch", now, whole=True)
             elif revision >= self.revision:
                 if kind == "changes" and revision > self.revision:
-                    self._apply(revision, as_changes(unpack(data, "changes")))
+                    self._apply(revision, unpack_changes(data, "changes"))
                 if digest != self.content.digest:
                     self._want("digest", now, whole=True)
                 else:
@@ -213,8 +216,8 @@ class Follower(Generic[V]):
         restored = self._lower >= LOWER_HEARTBEATS
         if epoch == self.content.epoch and revision < self.revision and not restored:
             return  # live changes have overtaken it, or its server lags behind
-        changes = as_changes(unpack(data, "snapshot"))
-        content = Content.of(epoch, revision, {key: value for key, value in changes if value is not None})
+        entries = dict(unpack_changes(data, "snapshot"))
+        content = Content.of(epoch, revision, {key: value for key, value in entries.items() if value is not None})
         if content.digest != digest:
             raise Malformed(f"snapshot of {self.table.name} at {revision}: the digest does not fit the entries")
         self._become(content)

@@ -43,6 +43,14 @@ DATABASE_SECONDS = 30.0
 PAGE = 1000
 KEPT_REVISIONS = 20_000
 KEPT_ENTRIES = 200_000
+MAX_SNAPSHOT_CHANGES = 2_000
+"""How many later changes are sent along with a snapshot before a new one is made, which takes a fifth of a second."""
+MAX_BACKLOG_BYTES = 8 << 20
+"""A snapshot is sent when less than this waits to be sent, so that changes and heartbeats are not stuck behind many."""
+MAX_WAITING = 200
+TURN_SECONDS = 3.0
+"""How many requests may wait how long for their turn. They are told at once, or then, to come back later: the replica's
+patience (bus.tables.replica.ANSWER_TIMEOUT) is longer, so no answer is sent to one who has given up."""
 HEADROOM = 4096
 """Bytes of a message that are not table data."""
 COMPRESSION = 1
@@ -74,6 +82,8 @@ class Publisher(Generic[V]):
         self._wake = asyncio.Event()
         self._trouble = ""
         self._snapshot: tuple[Revision, bytes] | None = None
+        self._turn = asyncio.Lock()
+        self._waiting = 0
 
     @property
     def revision(self) -> Revision | None:
@@ -221,7 +231,13 @@ class Publisher(Generic[V]):
         epoch, since = request.optional_text("epoch") or "", request.integer("since", low=-1)
         if self._mirror is None:
             return []  # another server may know more, and the replica asks again
-        kind, body = self._answer(self._mirror, epoch, since)
+        changes = self._changes_since(since) if epoch == self._mirror.epoch else None
+        if changes is not None:
+            kind, body = ("changes", compress(changes)) if changes else ("current", b"")
+        elif await self._may_send():
+            kind, body = "snapshot", self._whole()
+        else:
+            kind, body = "busy", b""
         ANSWERED.labels(self.table.name, kind).inc()
         size = max(1, self.connection.max_payload - HEADROOM)
         pieces = [body[start : start + size] for start in range(0, len(body), size)] or [b""]
@@ -230,20 +246,46 @@ class Publisher(Generic[V]):
         head = {"kind": kind, **self._position(self._mirror), "age": age, "parts": len(pieces)}
         return [{**head, "part": number, "data": piece} for number, piece in enumerate(pieces)]
 
-    def _answer(self, mirror: Content, epoch: str, since: int) -> tuple[str, bytes]:
-        """What brings a replica at `since` of `epoch` to the mirror: its kind, and the compressed changes."""
-        if epoch == mirror.epoch and 0 <= since <= mirror.revision:
-            if since == mirror.revision:
-                return "current", b""
-            if self._kept and self._kept[0][0] <= since + 1:
-                merged: dict[Key, bytes | None] = {}
-                for revision, changes in self._kept:
-                    if revision > since:
-                        merged.update(changes)
-                return "changes", compress(tuple(merged.items()))
-        if self._snapshot is None or self._snapshot[0] != mirror.revision:
-            self._snapshot = mirror.revision, compress(tuple(mirror.entries.items()))
-        return "snapshot", self._snapshot[1]
+    def _changes_since(self, since: int) -> Changes | None:
+        """What brings a replica at `since` to the mirror, or None if that is not kept."""
+        assert self._mirror is not None  # noqa: S101 (for the type checker: callers hold one)
+        if not 0 <= since <= self._mirror.revision:
+            return None
+        if since < self._mirror.revision and not (self._kept and self._kept[0][0] <= since + 1):
+            return None
+        merged: dict[Key, bytes | None] = {}
+        for revision, changes in reversed(self._kept):
+            if revision <= since:
+                break
+            for key, data in changes:
+                merged.setdefault(key, data)  # the latest is met first
+        return tuple(merged.items())
+
+    def _whole(self) -> bytes:
+        """All of the mirror, compressed: a snapshot, and what changed since it was made."""
+        assert self._mirror is not None  # noqa: S101 (as above)
+        if self._snapshot is not None:
+            made_at, body = self._snapshot
+            changes = self._changes_since(made_at)
+            if changes is not None and len(changes) <= MAX_SNAPSHOT_CHANGES:
+                return body + compress(changes) if changes else body
+        self._snapshot = self._mirror.revision, compress(tuple(self._mirror.entries.items()))
+        return self._snapshot[1]
+
+    async def _may_send(self) -> bool:
+        """Wait, in turn, until little is waiting to be sent; False when that takes too long."""
+        if self._waiting >= MAX_WAITING:
+            return False
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(TURN_SECONDS), self._turn:
+                while self.connection.backlog > MAX_BACKLOG_BYTES:  # noqa: ASYNC110 (nats-py tells nobody)
+                    await asyncio.sleep(0.005)
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting -= 1
 
 
 def compress(changes: Changes) -> bytes:

@@ -151,7 +151,7 @@ class Replica(Generic[V]):
         if first is None:
             raise NoAnswer(f"no answer to {subject}")
         joined = b"".join(parts[number] for number in range(len(parts)))
-        return first, decompress(joined) if joined else b""
+        return first, decompress(joined)
 
     def _emit(self, update: Update[V]) -> None:
         self._changed = True
@@ -209,8 +209,14 @@ class Replica(Generic[V]):
 
 
 def decompress(data: bytes) -> bytes:
-    engine = zlib.decompressobj()
-    plain = engine.decompress(data, MAX_TABLE_BYTES)
-    if engine.unconsumed_tail or not engine.eof:
-        raise Malformed(f"answer: does not unpack to a whole table of at most {MAX_TABLE_BYTES} bytes")
-    return plain
+    """What `data`, one or more zlib streams one after the other, unpacks to. Raises Malformed or zlib.error."""
+    plain: list[bytes] = []
+    left = MAX_TABLE_BYTES
+    while data:
+        engine = zlib.decompressobj()
+        plain.append(engine.decompress(data, left))
+        left -= len(plain[-1])
+        if engine.unconsumed_tail or not engine.eof or left <= 0:
+            raise Malformed(f"answer: does not unpack to a whole table of at most {MAX_TABLE_BYTES} bytes")
+        data = engine.unused_data
+    return b"".join(plain)

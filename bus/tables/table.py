@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from bus.decode import Malformed
 from bus.messages import Lease, Ports, Revision, Tag, decode_lease_entry, decode_policy_entry
-from bus.wire import pack
+from bus.wire import pack, unpack_each
 
 V = TypeVar("V")
 Key = tuple[str, ...]
@@ -60,6 +60,11 @@ def as_changes(value: object) -> Changes:
             case _:
                 raise Malformed(f"table change: must be [key, bytes or nothing], not {item!r}")
     return tuple(changes)
+
+
+def unpack_changes(data: bytes, where: str) -> Changes:
+    """The changes of an answer: one or more packed lists of them, one after the other, the last word on a key last."""
+    return tuple(change for items in unpack_each(data, where) for change in as_changes(items))
 
 
 def _hash(key: Key, data: bytes) -> int:
