@@ -26,17 +26,20 @@ class Forbidden(Exception):
 
 
 class Spaces(Protocol):
-    """Which apps lie where, and who develops there. All raise Unavailable."""
+    """Which apps lie where, and who develops there.
+
+    Answers may be some seconds old, as far as that does not harm the caller: what would be refused was just now asked.
+    Lists may lack what came in those seconds. All raise Unavailable.
+    """
 
     async def of_apps(self, apps: Collection[AppId]) -> Mapping[AppId, Space]:
         """The space of each of these apps; apps that do not exist are left out."""
 
-    async def developed_by(self, subject: str, wanted: AbstractSet[Space] = frozenset()) -> AbstractSet[Space]:
-        """The spaces in which this user or client is a developer.
+    async def developed(self, subject: str, spaces: AbstractSet[Space]) -> AbstractSet[Space]:
+        """In which of these spaces this user or client is a developer."""
 
-        The answer may be some seconds old, but not to the caller's harm: a space `wanted` is missing only if it was
-        just now looked for.
-        """
+    async def apps_of(self, subject: str, apps: Collection[AppId]) -> AbstractSet[AppId]:
+        """Which of these apps lie in spaces in which this user or client is a developer."""
 
 
 class Access:
@@ -60,15 +63,12 @@ class Access:
         """Raises Forbidden unless the caller may create and delete all of these policies; Unavailable."""
         if is_admin(identity):
             return
-        apps = _apps(policies)
+        spaces, apps = self._known(), _apps(policies)
         async with _deciding():
-            spaces = self._known()
             places = await spaces.of_apps(apps)
-            if len(places) == len(apps):
-                concerned = frozenset(places.values())
-                if concerned <= await spaces.developed_by(identity.subject, concerned):
-                    return
-        raise _refused()
+            concerned = frozenset(places.values())
+            if len(places) < len(apps) or not concerned <= await spaces.developed(identity.subject, concerned):
+                raise _refused()
 
     async def visible(self, identity: Identity, policies: list[Policy]) -> list[Policy]:
         """Those of the policies that the caller may see. Raises Forbidden, Unavailable."""
@@ -76,11 +76,7 @@ class Access:
             return policies
         spaces = self._known()
         async with _deciding():
-            own = await spaces.developed_by(identity.subject)
-            if not own:
-                return []
-            places = await spaces.of_apps(_apps(policies))
-        mine = {app for app, space in places.items() if space in own}
+            mine = await spaces.apps_of(identity.subject, _apps(policies))
         return [policy for policy in policies if policy.source in mine and policy.destination in mine]
 
     def _known(self) -> Spaces:

@@ -9,6 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from bus.decode import Malformed
 from bus.settings import CentralSettings, setting
 from services.policy.access import Access, Spaces
@@ -65,10 +67,9 @@ class AuthoritySettings(CentralSettings):
             raise Malformed("uaa_client, uaa_client_secret: required for auth uaa-check and for cc_url")
         if self.auth == "uaa-keys" and not self.uaa_audiences:
             raise Malformed("uaa_audiences: must not be empty, or tokens meant for others would do")
-        for name in ("uaa_url", "cc_url"):
-            url = getattr(self, name)
-            if url and not url.startswith(("http://", "https://")):
-                raise Malformed(f"{name}: {url!r} does not begin with https:// or http://")
+        for name, url in (("uaa_url", self.uaa_address), ("cc_url", self.cc_url)):
+            if url and not _usable(url):
+                raise Malformed(f"{name}: {url!r} is not an address such as https://uaa.service.cf.internal:8443")
         for name in ("token_cache", "cc_cache"):
             if not 0 <= getattr(self, name) <= 60:
                 raise Malformed(f"{name}: must be in 0..60 seconds, not {getattr(self, name):g}")
@@ -79,7 +80,9 @@ class AuthoritySettings(CentralSettings):
 
     @property
     def uaa_address(self) -> str:
-        return self.uaa_url if self.uaa_port is None else f"{self.uaa_url.rstrip('/')}:{self.uaa_port}"
+        if not self.uaa_url or self.uaa_port is None:
+            return self.uaa_url
+        return f"{self.uaa_url.rstrip('/')}:{self.uaa_port}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,3 +129,12 @@ async def open_authority(settings: AuthoritySettings) -> AsyncIterator[Authority
             yield Authority(TokenFile(settings.tokens), access)
         else:
             raise AssertionError("AuthoritySettings sees to it that there is a token file")
+
+
+def _usable(address: str) -> bool:
+    try:
+        url = httpx.URL(address)
+    except httpx.InvalidURL:
+        return False
+    plain = not (url.userinfo or url.query or url.fragment)
+    return url.scheme in ("http", "https") and bool(url.host) and plain

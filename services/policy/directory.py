@@ -35,13 +35,15 @@ class Directory:
         known = self._content().apps
         return {app: known[app] for app in apps if app in known}
 
-    async def developed_by(
-        self,
-        subject: str,
-        wanted: AbstractSet[Space] = frozenset(),  # noqa: ARG002 (what the file says is never old)
-    ) -> AbstractSet[Space]:
-        """The spaces in which this user or client is a developer. Raises Unavailable."""
-        return self._content().developed.get(subject, frozenset())
+    async def developed(self, subject: str, spaces: AbstractSet[Space]) -> AbstractSet[Space]:
+        """In which of these spaces this user or client is a developer. Raises Unavailable."""
+        return self._content().developed.get(subject, frozenset()) & spaces
+
+    async def apps_of(self, subject: str, apps: Collection[AppId]) -> AbstractSet[AppId]:
+        """Which of these apps lie in spaces in which this user or client is a developer. Raises Unavailable."""
+        content = self._content()
+        own = content.developed.get(subject, frozenset())
+        return {app for app in apps if content.apps.get(app) in own}
 
     def _content(self) -> _Content:
         content = self._file.content()

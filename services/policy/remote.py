@@ -112,7 +112,8 @@ class Remote:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise self.unavailable("gave an answer that is no JSON object", where, answer.body)
+            # Not logged as errors' bodies are: a good answer may hold a token.
+            raise self.unavailable("gave an answer that is no JSON object", where)
         return value
 
     def malformed(self, error: Malformed, where: str) -> Unavailable:

@@ -84,10 +84,13 @@ class OwnToken:
         _check_login(self._uaa, answer, "/oauth/token")
         fields = Fields(self._uaa.read(answer, "/oauth/token"), "answer")
         try:
-            self._token = fields.text("access_token", max_length=1 << 16)
+            token = fields.text("access_token", max_length=1 << 16)
+            if not (token.isascii() and token.isprintable()):
+                raise fields.malformed("access_token", "cannot be sent in a header")
             lasts = fields.number("expires_in") if "expires_in" in fields else 0.0
         except Malformed as error:
             raise self._uaa.malformed(error, "/oauth/token") from None
+        self._token = token
         self._until = asked + max(lasts - EARLY, lasts / 2)
 
 

@@ -9,6 +9,7 @@ import json
 import ssl
 import threading
 import time
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -181,14 +182,17 @@ class CloudControllerStub(Stub):
         query = request.query_params
         match request.url.path:
             case "/v3/apps":
-                wanted = query["guids"].split(",")
-                found = [app(guid, self.apps[guid]) for guid in sorted(set(wanted) & self.apps.keys())]
-                return self._page(request, found)
+                guids, spaces = _filter(query, "guids"), _filter(query, "space_guids")
+                found = [
+                    (guid, space) for guid, space in sorted(self.apps.items()) if guid in guids and space in spaces
+                ]
+                return self._page(request, [app(*item) for item in found])
             case "/v3/roles":
                 assert query["types"] == "space_developer"
                 users = query["user_guids"].split(",")
+                spaces = _filter(query, "space_guids")
                 pairs = [(user, space) for user in users for space in sorted(self.developers.get(user, ()))]
-                return self._page(request, [role(*pair) for pair in pairs])
+                return self._page(request, [role(*pair) for pair in pairs if pair[1] in spaces])
         return JSONResponse({"errors": [{"title": "CF-NotFound"}]}, 404)
 
     def _page(self, request: Request, found: list[Any]) -> Response:
@@ -198,6 +202,15 @@ class CloudControllerStub(Stub):
         following = {"href": "https://api.example.com/elsewhere"} if page < pages else None
         pagination = {"total_results": len(found), "total_pages": pages, "next": following}
         return JSONResponse({"pagination": pagination, "resources": found[(page - 1) * size : page * size]})
+
+
+class _Everything:
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def _filter(query: Mapping[str, str], name: str) -> Container[str]:
+    return query[name].split(",") if name in query else _Everything()
 
 
 async def _form(request: Request) -> dict[str, str]:

@@ -9,6 +9,8 @@ import pytest
 
 from bus.decode import Malformed
 from bus.messages import AppId
+from services.policy import cloud_controller
+from services.policy.access import Space
 from services.policy.cloud_controller import CloudController
 from services.policy.directory import Directory
 from services.policy.identity import Unavailable
@@ -42,6 +44,10 @@ def remembering(stub: CloudControllerStub, uaa: Uaa) -> CloudController:
     return CloudController(remote(stub, "the Cloud Controller"), own_token(uaa), remember=60)
 
 
+def spaces(*texts: str) -> frozenset[Space]:
+    return frozenset(Space(text) for text in texts)
+
+
 def ids(*texts: str) -> list[AppId]:
     return [AppId(text) for text in texts]
 
@@ -73,20 +79,43 @@ async def test_what_cannot_be_a_guid_is_unknown_without_asking(
 ) -> None:
     stub.apps, stub.developers = {"a": "s", "b": "s"}, {"a": {"s"}, "b": {"s"}}
     assert await controller.of_apps(ids(odd)) == {}
-    assert await controller.developed_by(odd) == set()
-    assert await controller.developed_by("") == set()
+    for subject in (odd, ""):
+        assert await controller.developed(subject, spaces("s")) == set()
+        assert await controller.apps_of(subject, ids("a")) == set()
     assert stub.asked == []
 
 
-async def test_the_spaces_of_a_developer_on_all_pages(stub: CloudControllerStub, controller: CloudController) -> None:
-    stub.developers = {"dev": {f"s{i}" for i in range(120)}, "other": {"x"}}
-    stub.per_page = 50
-    assert await controller.developed_by("dev") == stub.developers["dev"]
-    assert [request.query_params.get("page", "1") for request in stub.asked] == ["1", "2", "3"]
-    assert await controller.developed_by("nobody") == set()
+async def test_in_which_spaces_a_user_is_a_developer(stub: CloudControllerStub, controller: CloudController) -> None:
+    own = [f"s{i}" for i in range(220)]
+    stub.developers = {"dev": {*own, "more"}, "other": {"x"}}
+    stub.per_page = 30
+    assert await controller.developed("dev", spaces(*own, "x", "y")) == set(own)
+    asked = [request.query_params["space_guids"].split(",") for request in stub.asked]
+    assert {len(guids) for guids in asked} == {100, 22}
+    assert await controller.developed("nobody", spaces("s1")) == set()
+    assert await controller.developed("dev", spaces()) == set()
 
 
-async def test_what_was_not_asked_for_does_not_count(stub: CloudControllerStub, controller: CloudController) -> None:
+@pytest.mark.parametrize("many", [0, 1000])
+async def test_the_apps_of_a_developer(
+    stub: CloudControllerStub, controller: CloudController, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    """Whichever way is cheaper: by the apps asked for, or by the user's spaces."""
+    monkeypatch.setattr(cloud_controller, "MANY", many)
+    stub.apps = {f"a{i}": f"s{i % 200}" for i in range(400)} | {"x": "other"}
+    stub.developers = {"dev": {f"s{i}" for i in range(150)}}
+    stub.per_page = 60
+    some = ids(*(f"a{i}" for i in range(250)), "x", "unknown")
+    expected = {f"a{i}" for i in range(250) if i % 200 < 150}
+    assert await controller.apps_of("dev", some) == expected
+    assert await controller.apps_of("nobody", some) == set()
+    ways = {frozenset(request.query_params) & {"guids", "space_guids"} for request in stub.asked_for("/v3/apps")}
+    assert ways == {frozenset({"guids" if many else "space_guids"})}
+
+
+async def test_what_was_not_asked_for_does_not_count(
+    stub: CloudControllerStub, controller: CloudController, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that does not know a filter ignores it, and answers with everything."""
 
     async def everything(request: Any) -> Any:
@@ -99,7 +128,10 @@ async def test_what_was_not_asked_for_does_not_count(stub: CloudControllerStub, 
 
     stub.answer = everything  # type: ignore[method-assign]
     assert await controller.of_apps(ids("a")) == {"a": "s1"}
-    assert await controller.developed_by("dev") == {"s1"}
+    assert await controller.developed("dev", spaces("s1", "s2", "s3")) == {"s1"}
+    assert await controller.apps_of("dev", ids("a", "other")) == {"a"}
+    monkeypatch.setattr(cloud_controller, "MANY", 0)
+    assert await controller.apps_of("dev", ids("a", "other")) == {"a"}
 
 
 async def test_answers_are_remembered_unless_they_would_harm(
@@ -108,13 +140,15 @@ async def test_answers_are_remembered_unless_they_would_harm(
     stub.apps, stub.developers = {"a": "s1"}, {"dev": {"s1"}}
     for _ in range(3):
         assert await remembering.of_apps(ids("a")) == {"a": "s1"}
-        assert await remembering.developed_by("dev", {"s1"}) == {"s1"}  # type: ignore[arg-type]
-    assert len(stub.asked) == 2
+        assert await remembering.developed("dev", spaces("s1")) == {"s1"}
+        assert await remembering.apps_of("dev", ids("a")) == {"a"}
+    assert len(stub.asked) == 3
     stub.apps["b"] = "s2"
     assert await remembering.of_apps(ids("a", "b")) == {"a": "s1", "b": "s2"}
     stub.developers["dev"].add("s2")
-    assert await remembering.developed_by("dev", {"s2"}) == {"s1", "s2"}  # type: ignore[arg-type]
-    assert len(stub.asked) == 4
+    assert await remembering.developed("dev", spaces("s1", "s2")) == {"s1", "s2"}
+    assert len(stub.asked) == 5
+    assert [request.query_params.get("space_guids") for request in stub.asked_for("/v3/roles")] == ["s1", None, "s2"]
 
 
 async def test_a_token_that_is_refused_is_replaced_once(
@@ -153,7 +187,7 @@ async def test_faults(stub: CloudControllerStub, controller: CloudController, fa
 async def test_no_connection(stub: CloudControllerStub, controller: CloudController) -> None:
     stub.stop()
     with pytest.raises(Unavailable, match=r"^the Cloud Controller cannot be reached$"):
-        await controller.developed_by("dev")
+        await controller.developed("dev", spaces("s"))
 
 
 @pytest.mark.parametrize(
@@ -212,9 +246,12 @@ async def test_the_directory_tells_spaces_of_different_orgs_apart(tmp_path: Path
     places = await directory.of_apps(ids("a", "b", "c", "x"))
     assert places.keys() == {"a", "b", "c"}
     assert len(set(places.values())) == 3
-    assert await directory.developed_by("ann") == {places[AppId("a")], places[AppId("b")]}
-    assert await directory.developed_by("bob") == {places[AppId("a")]}
-    assert await directory.developed_by("eve") == set()
+    everywhere = set(places.values())
+    assert await directory.developed("ann", everywhere) == {places[AppId("a")], places[AppId("b")]}
+    assert await directory.developed("bob", everywhere) == {places[AppId("a")]}
+    assert await directory.developed("eve", everywhere) == set()
+    assert await directory.apps_of("ann", ids("a", "c", "x")) == {"a"}
+    assert await directory.apps_of("eve", ids("a", "c", "x")) == set()
 
 
 async def test_a_changed_directory_counts_at_once_and_a_broken_one_not_at_all(tmp_path: Path) -> None:
@@ -222,7 +259,7 @@ async def test_a_changed_directory_counts_at_once_and_a_broken_one_not_at_all(tm
     write(file, CONTENT)
     directory = Directory(file)
     write(file, {"apps": CONTENT["apps"]})
-    assert await directory.developed_by("ann") == set()
+    assert await directory.apps_of("ann", ids("a")) == set()
     file.write_text("{")
     for _ in range(2):
         with pytest.raises(Unavailable, match=r"^the directory of apps and spaces cannot be read"):
