@@ -31,6 +31,7 @@ from bus.credentials import Credentials
 from bus.decode import Fields, Malformed
 from bus.log import about
 from bus.micro import MALFORMED, PartsAnswerer
+from bus.process import check_cancelled
 from bus.wire import decode, encode
 
 log = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ class Connection:
             raise BusAway(f"no connection to NATS at {', '.join(self.servers)}")
         try:
             answer = await client.request(subject, encode(message), timeout=timeout)
+            check_cancelled()
         except nats.errors.NoRespondersError:
             raise NoAnswer(f"nobody serves {subject}") from None
         except (nats.errors.TimeoutError, TimeoutError):
@@ -203,6 +205,7 @@ class Connection:
                 await client.publish(subject, encode(message), reply=inbox)
                 while True:
                     part: Msg = await subscription.next_msg(timeout=timeout)
+                    check_cancelled()
                     if part.headers and part.headers.get("Status") == "503":
                         raise NoAnswer(f"nobody serves {subject}")
                     yield decode(part.data, f"answer to {subject}")
@@ -301,6 +304,7 @@ class Connection:
                         await self._subscribe(client, subscription)
                         made += 1
                     await client.flush(timeout=CHECK_TIMEOUT)
+                    check_cancelled()
                     if made == len(self._subscriptions):  # others may be added while the server confirms these
                         break
         except BaseException:
@@ -333,6 +337,7 @@ class Connection:
             except (nats.errors.Error, OSError, TimeoutError) as error:
                 log.warning("NATS does not answer", extra=about(error=repr(error)))
                 return
+            check_cancelled()
 
 
 def explain(error: BaseException | None, credentials: Credentials | None) -> str:

@@ -25,6 +25,7 @@ from bus.events.event import Event, EventId, change_hash, events_of
 from bus.events.stream import End, EventStream, JetStream, Overtaken
 from bus.log import about
 from bus.messages import Revision
+from bus.process import check_cancelled
 
 if TYPE_CHECKING:
     from bus.ledger import Ledger, LogEntry
@@ -88,10 +89,12 @@ class Relay:
             end = await self._stream.end(jetstream)
             previous = await self._last_known(jetstream, end, _Log(self._ledger, epoch, head))
             try:
+                check_cancelled()
                 async for events in self._following(previous, epoch):
                     await self._stream.append(jetstream, end, events, previous)
                     RELAYED.labels(self._ledger.table).inc(len(events))
                     end, previous = end.after(len(events)), events[-1].id
+                    check_cancelled()
                     log.debug("events relayed", extra=self._about(events=len(events), last=str(previous)))
             except Overtaken:
                 # The other one is at work: let it go on, rather than race it for every event.

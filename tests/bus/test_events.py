@@ -343,6 +343,18 @@ async def test_each_reader_gets_a_consumer_also_after_a_wipe(bus: NatsServer, tm
                         await asyncio.sleep(0.1)
 
 
+async def test_it_ends_whenever_it_is_told_to(bus: NatsServer, tmp_path: Path) -> None:
+    async with notes_at(tmp_path / "notes.db") as notes, connect(bus.url, role="server", name="one") as connection:
+        await notes.write({"a": "1"})
+        await connection.wait_connected(10)
+        for number in range(150):  # sooner or later when an answer comes, which used to be overheard one time in forty
+            relay = asyncio.create_task(Relay(connection, notes.ledger).run())
+            await asyncio.sleep(0.001 + number % 15 / 1000)
+            relay.cancel()
+            ended, _ = await asyncio.wait([relay], timeout=20)
+            assert ended, f"the relay of round {number} goes on"
+
+
 @given(st.text())
 def test_header_values_are_plain_and_can_be_read_back(text: str) -> None:
     value = header_value(text)
