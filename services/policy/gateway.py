@@ -4,7 +4,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
@@ -12,15 +13,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from bus.database import is_transient
 from bus.decode import Malformed
 from bus.local import Health
 from bus.log import about
 from bus.messages import Policy, Revision
-from services.policy import wire_v0, wire_v1
+from services.policy import history_http, wire_v0, wire_v1
 from services.policy.access import Access, is_admin
 from services.policy.cors import Origins
 from services.policy.endpoint import ApiError, Call, Endpoints, Operation, answering
-from services.policy.identity import ADMIN, WRITE, Authenticator
+from services.policy.history import History, NoSuchRevision, TooFarBack
+from services.policy.identity import ADMIN, WRITE, Authenticator, Unavailable
 from services.policy.store import Filter, QuotaExceeded, Store
 from services.policy.tag_pool import TagsExhausted
 from services.policy.wire import Wire
@@ -59,6 +62,7 @@ class Gateway:
     def __init__(
         self,
         store: Store,
+        history: History,
         authenticator: Authenticator,
         access: Access,
         options: Options,
@@ -66,6 +70,7 @@ class Gateway:
         bus_connected: Callable[[], bool],
     ) -> None:
         self._store = store
+        self._history = history
         self._access = access
         self._options = options
         self._bus_connected = bus_connected
@@ -91,6 +96,7 @@ class Gateway:
                     GET=Operation("PoliciesIndex", self._index, (ADMIN, WRITE)),
                 ),
                 route(f"{external}/policies/delete", POST=Operation("DeletePolicies", self._delete, (ADMIN, WRITE))),
+                route(f"{external}/history", GET=Operation("History", self._changes, (ADMIN,))),
                 route(f"{external}/tags", GET=Operation("TagsIndex", self._tags, (ADMIN,))),
                 Route("/livez", health.livez),
                 Route("/readyz", self._readyz),
@@ -109,11 +115,8 @@ class Gateway:
         return _json({"subject": call.identity.user})
 
     async def _tags(self, call: Call) -> Response:
-        try:
+        with _storing("database read failed", call):
             tags = await self._store.tags()
-        except Exception as error:
-            log.exception("reading tags failed", extra=about(request=call.request_id))
-            raise ApiError(500, "database read failed") from error
         digits = 2 * self._options.tag_length
         return _json({"tags": [{"id": app, "tag": f"{tag:0{digits}X}", "type": kind} for app, tag, kind in tags]})
 
@@ -134,39 +137,50 @@ class Gateway:
         with answering("check access failed"):
             await self._access.check_change(call.identity, policies)
         quota = None if is_admin(call.identity) else self._options.max_policies
-        try:
-            revision = await self._store.create(
-                policies, actor=call.identity.user, request_id=call.request_id, quota=quota
-            )
-        except QuotaExceeded as error:
-            raise ApiError(403, "policy quota exceeded") from error
-        except TagsExhausted as error:
-            raise ApiError(500, f"database create failed: {error}") from error
-        except Exception as error:
-            log.exception("create failed", extra=about(request=call.request_id))
-            raise ApiError(500, "database create failed") from error
+        with _storing("database create failed", call):
+            try:
+                revision = await self._store.create(
+                    policies, actor=call.identity.user, request_id=call.request_id, quota=quota
+                )
+            except QuotaExceeded as error:
+                raise ApiError(403, "policy quota exceeded") from error
+            except TagsExhausted as error:
+                raise ApiError(500, f"database create failed: {error}") from error
         return _changed(revision)
 
     async def _delete(self, call: Call) -> Response:
         policies = await self._policies(call, too_long="invalid request body")
         with answering("check access failed"):
             await self._access.check_change(call.identity, policies)
-        try:
+        with _storing("database delete failed", call):
             revision = await self._store.delete(policies, actor=call.identity.user, request_id=call.request_id)
-        except Exception as error:
-            log.exception("delete failed", extra=about(request=call.request_id))
-            raise ApiError(500, "database delete failed") from error
         return _changed(revision)
 
     async def _index(self, call: Call) -> Response:
-        try:
-            policies = await self._store.list(_filter(call.request))
-        except Exception as error:
-            log.exception("list failed", extra=about(request=call.request_id))
-            raise ApiError(500, "database read failed") from error
+        wanted = _filter(call.request)
+        with _storing("database read failed", call):
+            try:
+                at = history_http.integer(call.request.query_params, "at")
+                if at is None:
+                    policies = await self._store.list(wanted)
+                else:
+                    policies = [item for item in await self._history.policies_at(at) if wanted.matches(item)]
+            except (history_http.BadParameter, TooFarBack) as error:
+                raise ApiError(400, str(error)) from None
+            except NoSuchRevision as error:
+                raise ApiError(404, str(error)) from None
         with answering("filter policies failed"):
             policies = await self._access.visible(call.identity, policies)
         return Response(WIRES[call.version].encode(policies), media_type="application/json")
+
+    async def _changes(self, call: Call) -> Response:
+        with _storing("database read failed", call):
+            try:
+                wanted = history_http.wanted(call.request.query_params)
+            except history_http.BadParameter as error:
+                raise ApiError(400, str(error)) from None
+            entries, following = await self._history.page(wanted)
+        return Response(history_http.encode(entries, following), media_type="application/json")
 
     async def _policies(self, call: Call, *, too_long: str) -> list[Policy]:
         body = await _body(call.request)
@@ -188,6 +202,25 @@ class Gateway:
             log.warning("the database does not answer", extra=about(error=repr(error)))
             return repr(error)
         return None
+
+
+@contextmanager
+def _storing(failed: str, call: Call) -> Iterator[None]:
+    """Make what the database raises the answer that the contract has for it, or 503 while it is away."""
+    try:
+        with answering(failed):
+            try:
+                yield
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                log.warning(failed, extra=about(request=call.request_id, error=repr(error)))
+                raise Unavailable("the database does not answer") from error
+    except ApiError:
+        raise
+    except Exception as error:
+        log.exception(failed, extra=about(request=call.request_id))
+        raise ApiError(500, failed) from error
 
 
 async def _body(request: Request) -> bytes | None:

@@ -27,6 +27,7 @@ from bus.tables import POLICIES, Publisher
 from services.policy import debug, legacy_config
 from services.policy.authority import open_authority
 from services.policy.gateway import Gateway
+from services.policy.history import History
 from services.policy.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
 from services.policy.migrate import CannotOpen, open_ledger
 from services.policy.settings import PolicySettings
@@ -93,6 +94,7 @@ async def serve(settings: PolicySettings) -> None:
             pool = TagPool(rest=settings.max_stale + REST_MARGIN, clock=time.time)
             gateway = Gateway(
                 Store(ledger, pool, committed),
+                History(ledger),
                 authority.authenticator,
                 authority.access,
                 settings.gateway_options,

@@ -33,9 +33,9 @@ def decode(body: bytes) -> list[Policy]:
 
 def encode(policies: Iterable[Policy]) -> bytes:
     """As `Wire.encode`: all of them."""
-    return wire.encode(
-        [
-            wire.encode_item(policy, f'"ports":{{"start":{policy.ports.start},"end":{policy.ports.end}}}')
-            for policy in policies
-        ]
-    )
+    return wire.encode([item(policy) for policy in policies])
+
+
+def item(policy: Policy) -> str:
+    """One policy as JSON."""
+    return wire.encode_item(policy, f'"ports":{{"start":{policy.ports.start},"end":{policy.ports.end}}}')
