@@ -49,9 +49,7 @@ def foundation(folder: Path, auth: str, **settings: str) -> Iterator[Foundation]
         uaa_client_secret=LOGIN[1],
         uaa_ca=authority,
         cc_url=controller.url,
-        token_cache=0,
-        cc_cache=0,
-        **settings,
+        **{"token_cache": 0, "cc_cache": 0, **settings},
     )
     try:
         uaa.start()
