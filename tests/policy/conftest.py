@@ -4,7 +4,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.databases import database, mariadb, postgresql
 from tests.policy.server import POLICIES, PolicyServer
+
+__all__ = ["database", "mariadb", "postgresql"]
 
 
 @pytest.fixture(scope="module")

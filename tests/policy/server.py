@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class PolicyServer:
     def database(self) -> str:
         return f"sqlite:///{self.folder / 'policy.db'}"
 
-    def start(self, failpoints: str = "") -> None:
+    def start(self, failpoints: str = "", *, ready: Callable[[], object] | None = None) -> None:
+        """Start it, and return when `ready`, by default GET /livez, succeeds."""
         settings = {
             "SILKBUS_DATABASE": self.database,
             "SILKBUS_LISTEN": f"fd:{self.listener.fileno()}",
@@ -69,15 +71,15 @@ class PolicyServer:
                 stderr=log,
                 pass_fds=[self.listener.fileno()],
             )
-        self._wait_until_up()
+        self._wait_until_up(ready or (lambda: httpx.get(f"{self.url}/livez", timeout=1)))
 
-    def _wait_until_up(self) -> None:
+    def _wait_until_up(self, ready: Callable[[], object]) -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             assert self.process is not None
             assert self.process.poll() is None, self.log
             try:
-                httpx.get(f"{self.url}/livez", timeout=1)
+                ready()
             except httpx.HTTPError:
                 time.sleep(0.02)
             else:
