@@ -8,7 +8,7 @@ microseconds. Entries are named to the kernel by the bytes of their own tuple, a
 import errno
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
@@ -24,8 +24,8 @@ _TUPLE_ORIG, _TUPLE_REPLY, _MARK, _ZONE, _MARK_MASK, _FILTER = 1, 2, 8, 18, 21, 
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _V4_SRC, _V4_DST = 1, 2
 _PROTO_NUM, _PROTO_DST_PORT = 1, 3
-_ORIG_FLAGS, _REPLY_FLAGS = 1, 2
-_FLAG_SRC, _FLAG_DST = 1, 2
+_ORIG_FLAGS = 1
+_FLAG_DST = 2
 _PROTOCOLS = {6: "tcp", 17: "udp"}
 
 TIMEOUT = 10.0
@@ -83,33 +83,36 @@ class Conntrack:
         """Delete an entry; False if it is gone already."""
         return self._change(_DELETE, flow.name)
 
-    def forget(self, address: IPv4Address) -> int:
-        """Delete every entry from, to, or answered by this address; how many there were."""
-        requests = (
-            _tuple(_TUPLE_ORIG, _V4_DST, address) + _filter(_ORIG_FLAGS, _FLAG_DST),
-            _tuple(_TUPLE_ORIG, _V4_SRC, address) + _filter(_ORIG_FLAGS, _FLAG_SRC),
-            _tuple(_TUPLE_REPLY, _V4_SRC, address) + _filter(_REPLY_FLAGS, _FLAG_SRC),
-        )
-        found = {flow.name: flow for request in requests for flow in self._dump(request)}
-        concerned = [f for f in found.values() if address in (f.source, f.destination, f.answering)]
+    def forget(self, addresses: Collection[IPv4Address]) -> int:
+        """Delete every entry from, to, or answered by one of these addresses; how many there were.
+
+        One dump of everything, since each walks the whole table (9 ms, empty or not), and a filter has one field only.
+        """
+        found = list(self._dump(b"", naming=[address.packed for address in addresses]))
+        concerned = [f for f in found if not {f.source, f.destination, f.answering}.isdisjoint(addresses)]
         return sum(self.delete(flow) for flow in concerned)
 
-    def _dump(self, body: bytes, *, tagged: bool = False) -> Iterator[Flow]:
+    def _dump(self, body: bytes, *, tagged: bool = False, naming: Collection[bytes] = ()) -> Iterator[Flow]:
+        """Entries as filtered by `body`; only those with a tag if `tagged`; only those that hold one of `naming`."""
         sequence = self._send(_GET, _REQUEST | _DUMP, body)
         while True:
-            data = memoryview(self._socket.recv(1 << 18))
+            data = self._socket.recv(1 << 18)
+            view = memoryview(data)
             position = 0
             while position < len(data):
                 length, kind, _, number, _ = _HEADER.unpack_from(data, position)
-                message = data[position + _HEADER.size : position + length]
+                start, end = position + _HEADER.size, position + length
                 position += (length + 3) & ~3
                 if number != sequence:
                     continue
                 if kind == _DONE:
                     return
                 if kind == _ERROR:
-                    _raise(message)
-                flow = _flow(message, tagged=tagged)
+                    _raise(view[start:end])
+                # Looked for before anything is taken apart, which costs twenty times as much.
+                if naming and all(data.find(name, start, end) < 0 for name in naming):
+                    continue
+                flow = _flow(view[start:end], tagged=tagged)
                 if flow is not None:
                     yield flow
 

@@ -101,8 +101,7 @@ class Dataplane:
             swept = self._flows.sweep(plan.flows)
             if plan.complete:
                 self._flows.forget_strangers(plan.subnets, plan.tags.keys())
-        for address in plan.released:
-            self._flows.forget(address)
+        self._flows.forget(plan.released)
         if chains or plan.flows or plan.released:
             failpoint("enforcer.after-cut")
         return Applied(chains, members, swept, time.monotonic() - began)

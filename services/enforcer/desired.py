@@ -4,11 +4,19 @@ A packet's way, in order:
 
 - raw: from a container's link with a source address that is not routed back to that link: dropped; VXLAN from a
   container, or from a host that holds no lease: dropped; VXLAN is not tracked.
-- mangle: from a container: marked with its app's tag, by one look-up in a set.
+- mangle: from a container: marked with its app's tag, by one look-up in a set; and, if it answers a flow that a policy
+  let in, as let in.
 - filter FORWARD, `sb-forward`: revoked flows are cut, established ones pass; to a container: by its address (/28, then
   host) to the chain of its app, where the tag decides; from a tagged container to the overlay: passes, the cell of the
   destination decides. All else from or to our links is refused.
 - filter INPUT: containers, and the overlay, may only answer the host.
+
+That a flow is established is not enough between cells, since each cell sees only its own half of what happened:
+
+- Two containers that each send first look to both cells like one that is answered. So an answer from another cell must
+  be marked as let in, which is its cell's word, not its container's.
+- The cell of the destination is not told that the source's address has another container. So what the opener of a flow
+  sends must carry the tag that the flow was let in with; otherwise it is judged as a new flow.
 
 Where a container may go beyond the overlay (security groups, DNS) and who may come from there (port forwarding)
 belongs before the last rule of `sb-forward`, and in `sb-input`.
@@ -19,15 +27,22 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network
 
-from bus.messages import AppId, Revision, Tag
+from bus.messages import AppId, Protocol, Revision, Tag
 from services.enforcer.model import Model, Touched
 from services.enforcer.rules import (
+    ANSWER,
+    COMPARE_TAG,
     ESTABLISHED,
+    FLOW_TAGGED,
+    FROM_OPENER,
+    NEW,
+    PROVE,
     REJECT,
     RESET,
     REVOKED,
     TAG_MASK,
     TAGGED,
+    UNPROVEN,
     ChainId,
     Chains,
     Rules,
@@ -170,6 +185,7 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
     link = f"{settings.link_prefix}+"
     vtep = settings.vtep_name
     vxlan = f"-p udp -m udp --dport {settings.vtep_port}"
+    to_overlay = (from_link(link), to_link(vtep), f"-d {settings.overlay_network}")
     untracked = rule(to="CT --notrack")
     stranger = rule(f"-m set ! --match-set {PEER_SET} src", to="DROP")
     chains = {
@@ -186,21 +202,41 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
         ("raw", "OUTPUT"): (rule(vxlan, to="sb-raw-out"),),
         ("raw", "sb-raw-out"): (untracked,),
         ("mangle", "PREROUTING"): (rule(from_link(link), to="sb-mark"),),
-        ("mangle", "sb-mark"): (rule(to=f"SET --map-set {TAG_SET} src --map-mark"),),
+        ("mangle", "sb-mark"): (
+            rule(to=f"SET --map-set {TAG_SET} src --map-mark"),
+            rule("-m conntrack --ctdir REPLY", FLOW_TAGGED, to=PROVE),
+        ),
+        ("mangle", "OUTPUT"): (rule(to_link(vtep), to="sb-mark-out"),),
+        # What this host itself says to other cells' containers: the resets of flows that it cuts.
+        ("mangle", "sb-mark-out"): (rule(to=PROVE),),
         ("filter", "FORWARD"): (
             rule(from_link(link), to="sb-forward"),
             rule(to_link(link), to="sb-forward"),
             rule(from_link(vtep), to="sb-forward"),
+            rule(to_link(vtep), to="sb-forward"),
         ),
         ("filter", "sb-forward"): (
             rule(REVOKED, to="sb-cut"),
+            # From another cell, or from somebody on the underlay who pretends to be there.
+            rule(f"! {from_link(link)}", f"-s {settings.overlay_network}", ANSWER, UNPROVEN, to="DROP"),
+            rule(FROM_OPENER, FLOW_TAGGED, to="sb-opener"),
             rule(ESTABLISHED, to="ACCEPT"),
             # A flow begins with SYN; what does not is the rest of one that was cut, and would be taken for a new one.
             rule("-p tcp -m tcp ! --syn -m conntrack --ctstate INVALID,NEW", to="DROP"),
+            rule(to="sb-new"),
+        ),
+        ("filter", "sb-opener"): (
+            rule(to=COMPARE_TAG),
+            rule(f"-m mark --mark 0x0/{TAG_MASK:#x}", to="ACCEPT"),
+            rule(to=COMPARE_TAG),
+            rule(to="sb-new"),
+        ),
+        ("filter", "sb-new"): (
             # The mark is a tag only on what came from a container or the overlay.
             rule(from_link(link), to_link(link), to=_DISPATCH.name),
             rule(from_link(vtep), to_link(link), to=_DISPATCH.name),
-            rule(from_link(link), to_link(vtep), f"-d {settings.overlay_network}", TAGGED, to="ACCEPT"),
+            # No policy is of another protocol; and errors that belong to no flow are not for the next cell to sort.
+            *(rule(f"-p {protocol}", *to_overlay, NEW, TAGGED, to="ACCEPT") for protocol in Protocol),
             rule(to=REJECT),
         ),
         ("filter", "sb-cut"): (rule("-p tcp", to=RESET), rule(to=REJECT)),

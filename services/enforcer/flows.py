@@ -54,10 +54,10 @@ class Flows:
                 revived += verdict == "revived"
         return Swept(cut, revived)
 
-    def forget(self, address: IPv4Address) -> int:
-        """Delete every entry from, to, or answered by this address; how many there were."""
-        self._dead = {pair for pair in self._dead if pair[0] != address}
-        return self._conntrack.forget(address)
+    def forget(self, addresses: Collection[IPv4Address]) -> int:
+        """Delete every entry from, to, or answered by one of these addresses; how many there were."""
+        self._dead = {pair for pair in self._dead if pair[0] not in addresses}
+        return self._conntrack.forget(addresses) if addresses else 0
 
     def forget_strangers(self, subnets: Collection[IPv4Network], known: Collection[IPv4Address]) -> int:
         """Delete tagged flows to addresses of these subnets that no container has; how many there were.

@@ -15,6 +15,9 @@ from bus.messages import Ports, Tag
 PREFIX = "sb-"
 TAG_MASK = 0xFFFF
 """The bits of a packet's or connection's mark that are the source's tag; GBP lets others through (kernel.md 1)."""
+LET_IN = 0x80000
+"""The bit of a packet's mark that says to the next cell: this answers a flow that a policy let in here. It is the one
+that VXLAN-GBP carries as "policy applied" (draft-smith-vxlan-group-policy, flag A)."""
 DEAD = 0x80000000
 """The bit of a connection's mark that says: no policy allows this flow any more."""
 TABLES = ("raw", "mangle", "filter")
@@ -75,5 +78,15 @@ def to_ports(ports: Ports) -> str:
 TAGGED = f"-m mark ! --mark 0x0/{TAG_MASK:#x}"
 REVOKED = f"-m connmark --mark {DEAD:#x}/{DEAD:#x}"
 ESTABLISHED = "-m conntrack --ctstate RELATED,ESTABLISHED"
+NEW = "-m conntrack --ctstate NEW"
+FLOW_TAGGED = f"-m connmark ! --mark 0x0/{TAG_MASK:#x}"
+"""Flows that a policy let in to a container of this cell."""
+FROM_OPENER = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
+ANSWER = "-m conntrack --ctstate ESTABLISHED --ctdir REPLY"
+UNPROVEN = f"-m mark ! --mark {LET_IN:#x}/{LET_IN:#x}"
+PROVE = f"MARK --set-xmark {LET_IN:#x}/{LET_IN:#x}"
+COMPARE_TAG = f"CONNMARK --restore-mark --nfmask 0x0 --ctmask {TAG_MASK:#x}"
+"""With no bits of the packet's mark cleared first this is an exclusive or: it leaves a tag of 0 if the packet's and the
+flow's are the same, and done again it gives the packet's own tag back (xt_connmark)."""
 REJECT = "REJECT --reject-with icmp-port-unreachable"
 RESET = "REJECT --reject-with tcp-reset"
