@@ -270,6 +270,9 @@ def is_transient(error: BaseException) -> bool:
 def _is_transient_postgresql(error: BaseException) -> bool:
     """By SQLSTATE (PostgreSQL manual, appendix A), or by what asyncpg says of its own."""
     state = getattr(error, "sqlstate", None)
+    if type(error).__name__ == "InternalClientError":
+        # What a session ended by the server between two statements may leave behind. The next try has another one.
+        return True
     if not isinstance(state, str):
         return re.search("connection (is|was) closed|has been released back", str(error)) is not None
     # Classes 08 (connection) and 40 (serialisation, deadlock); 57P (shutdown), 53300 (too many connections), 55P03
