@@ -96,10 +96,10 @@ async def test_the_example_prints_each_event_once(tmp_path: Path) -> None:
 
 async def test_relay_and_reader_need_no_more_than_nats_config_permits(tmp_path: Path) -> None:
     guarded = Guarded.make(tmp_path)
-    guarded.start()
     folder = guarded.credentials(READER, "r1").cert.parent
     subscriber = Subscriber(guarded.url, "r1", tmp_path, str(folder))
     try:
+        guarded.start()
         async with policies(guarded.url, tmp_path, "r1", guarded.credentials(POLICY_SERVER)) as store:
             for number in range(3):
                 app = AppId(f"app-{number}")
