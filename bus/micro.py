@@ -77,27 +77,28 @@ class Endpoint:
         begun = time.perf_counter_ns()
         headers = None
         try:
-            parts = await self._answerer(message.subject, decode(message.data, f"request {message.subject}"))
+            request = decode(message.data, f"request {message.subject}")
+            answer = [encode(part) for part in await self._answerer(message.subject, request)]
         except Malformed as error:
             MALFORMED.inc()
-            parts, headers = self._failed("400", str(error))
+            answer, headers = self._failed("400", str(error))
         except Exception as error:  # one bad request must not end the service
             log.exception("request failed", extra=about(subject=message.subject))
-            parts, headers = self._failed("500", f"unexpected error: {error!r}; see the server's log")
+            answer, headers = self._failed("500", f"unexpected error: {error!r}; see the server's log")
         finally:
             self._slots.release()
             self._requests += 1
             self._nanoseconds += time.perf_counter_ns() - begun
-        for part in parts if message.reply else ():
-            if not await self._send(message.reply, encode(part), headers):
+        for part in answer if message.reply else ():
+            if not await self._send(message.reply, part, headers):
                 break
 
-    def _failed(self, code: str, text: str) -> tuple[Answer, Mapping[str, str]]:
+    def _failed(self, code: str, text: str) -> tuple[list[bytes], Mapping[str, str]]:
         self._errors += 1
         self._last_error = text
         # A header is one line of Latin letters at most; the body has the whole text.
         line = text.encode("ascii", "replace").decode().splitlines()[0][:200]
-        return [{"error": text}], {"Nats-Service-Error": line, "Nats-Service-Error-Code": code}
+        return [encode({"error": text})], {"Nats-Service-Error": line, "Nats-Service-Error-Code": code}
 
     def info(self) -> EndpointInfo:
         return EndpointInfo(self.name, self.subject, self.queue)
