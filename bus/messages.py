@@ -98,10 +98,11 @@ class Lease:
 
 
 class Stage(StrEnum):
-    """How far a container's attachment has come. Only a `ready` one was ever answered to its runtime."""
+    """How far a container's attachment has come. What is not `ready` is nobody's, and is taken apart if left so."""
 
     ATTACHING = "attaching"
     READY = "ready"
+    REMOVING = "removing"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from bus.connection import connect
 from bus.decode import Fields, Malformed
 from bus.local import Health, application, json_body, serving_privately
 from bus.log import about
-from bus.messages import Container, Handle, Revision
+from bus.messages import Container, Handle, Revision, Stage
 from bus.process import KernelThread, run
 from bus.records import Records
 from bus.settings import from_command_line
@@ -86,10 +86,14 @@ class Api:
 
 
 def recorded(records: Records) -> list[Container]:
-    """The containers to enforce for at start: those that have an address. One that cannot be is reported, no more."""
+    """The containers to enforce for at start: the ready ones. One for which no rules can be made is reported, no more.
+
+    One being attached is admitted, or admitted again, before it is answered; one being removed was forgotten, and
+    nobody would say so again: its address would keep its app's rules and tag for the next container.
+    """
     usable = []
     for container in records.all():
-        if container.address is None:
+        if container.stage is not Stage.READY or container.address is None:
             continue
         try:
             usable.append(enforceable(container))

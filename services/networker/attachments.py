@@ -2,8 +2,9 @@
 
 Attaching, in this order: record `attaching`, link and address (silk worker), rules (enforcer), record `ready`, answer.
 So what exists of a container always has a record, and what was answered always has its rules in the kernel. Removing,
-in this order: rules and flows, link and address, record. So an address is never free while rules still name it, and
-whatever a crash leaves is found by its record and taken apart again (services.networker.sweep).
+in this order: record `removing`, rules and flows, link and address, record. So an address is never free while rules
+still name it, no enforcer that starts meanwhile takes the container for one that is there, and whatever a crash leaves
+is found by its record and taken apart again (services.networker.sweep).
 
 The calls for one handle run one after the other; those for different handles at once.
 """
@@ -107,14 +108,15 @@ class Attachments:
             return True
 
     async def keep_only(self, network: str, valid: Set[tuple[str, str]]) -> None:
-        """Remove the ready containers of `network` whose (handle, ifname) is not among `valid`; others are not touched.
+        """Remove the containers of `network` whose (handle, ifname) is not among `valid`; others are not touched.
 
         One that cannot be removed does not keep the others; raises the last one's Unavailable or Failed then.
         """
         problem: Exception | None = None
         for record in await self.all():
             ours = _attachment(record)
-            if record.stage is not Stage.READY or ours is None or ours.network != network:
+            # One being attached may be newer than the list.
+            if record.stage is Stage.ATTACHING or ours is None or ours.network != network:
                 continue
             if (ours.handle, ours.ifname) in valid:
                 continue
@@ -211,6 +213,11 @@ class Attachments:
     async def _take_apart(
         self, handle: Handle, record: Container | None, *, netns: str | None = None, ifname: str | None = None
     ) -> None:
+        if record is not None and record.stage is Stage.READY:
+            try:
+                await self._disk.run(self._records.put, replace(record, stage=Stage.REMOVING))
+            except OSError as error:  # a full disk is no reason to keep a container
+                log.warning("removing a container recorded as ready", extra=about(handle=handle, error=str(error)))
         await self._forget(handle, self._admit_timeout)
         failpoint("networker.remove.after-forget")
         address = None
@@ -256,8 +263,8 @@ class Attachments:
 
 
 def is_leftover(record: Container) -> bool:
-    """Whether nobody can be using this container: it was never answered, or its namespace is gone. May block."""
-    if record.stage is Stage.ATTACHING:
+    """Whether nobody can be using this container: half attached, half removed, or without a namespace. May block."""
+    if record.stage is not Stage.READY:
         return True
     try:
         return namespaces.is_gone(record.netns)

@@ -1,8 +1,9 @@
 """Taking apart what a crash, or a service that was down, left half done.
 
-At a start: records that say `attaching` (nobody was answered) and ready ones whose namespace is gone (the cell was
-rebooted, or the runtime died). Later: attachments whose undoing failed. A service that is down is no reason to forget
-one, so this tries until it succeeds, slower and slower; containers being attached and removed go on meanwhile.
+At a start: records that say `attaching` (nobody was answered) or `removing`, and ready ones whose namespace is gone
+(the cell was rebooted, or the runtime died). Later: attachments whose undoing failed. A service that is down is no
+reason to forget one, so this tries until it succeeds, slower and slower; containers being attached and removed go on
+meanwhile.
 """
 
 import asyncio

@@ -112,6 +112,6 @@ class RecordedAddresses:
     def _read(self, entry: "os.DirEntry[str]") -> Container | None:
         try:
             return self._records.get(Handle(unquote(entry.name.removesuffix(".json"))))
-        except Malformed as error:
+        except (Malformed, OSError) as error:
             log.error("unreadable container record, left alone", extra=about(file=entry.path, error=str(error)))
             return None

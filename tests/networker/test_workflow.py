@@ -172,6 +172,19 @@ def test_del_fails_and_keeps_the_record_while_a_neighbour_is_away(running: Cell,
     assert running.is_clean()
 
 
+def test_half_removed_is_not_ready(running: Cell) -> None:
+    """An enforcer that starts now must not take it for one that is there, nor may an ADD be told so."""
+    running.cni("ADD")
+    running.neighbours.refuse["/detach"] = (503, "starting")
+    assert running.cni("DEL")[1]["code"] == 11
+    record = running.records.get(Handle("c1"))
+    assert record is not None
+    assert record.stage == "removing"
+    running.neighbours.refuse.clear()
+    assert running.cni("ADD")[0] == 0
+    assert running.agrees()
+
+
 def test_neighbours_that_do_not_run(netns: str) -> None:
     with Cell(netns, neighbours=False) as cell:
         cell.start()

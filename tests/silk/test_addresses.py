@@ -85,6 +85,7 @@ def test_records_are_followed_as_they_change(tmp_path: Path) -> None:
     assert recorded.by_handle() == {handle: one}
     records.put(Container(handle, "/x", Stage.READY, address=two))
     (records.folder / "broken.json").write_text("{")
+    (records.folder / "folder.json").mkdir()
     assert recorded.by_handle() == {handle: two}
     records.delete(handle)
     assert recorded.by_handle() == {}
