@@ -2,9 +2,9 @@
 
 Attaching, in this order: record `attaching`, link and address (silk worker), rules (enforcer), record `ready`, answer.
 So what exists of a container always has a record, and what was answered always has its rules in the kernel. Removing,
-in this order: record `removing`, rules and flows, link and address, record. So an address is never free while rules
-still name it, no enforcer that starts meanwhile takes the container for one that is there, and whatever a crash leaves
-is found by its record and taken apart again (services.networker.sweep).
+in this order: record `removing`, rules and flows and at the same time the link, record. The record keeps the address
+from being given again while rules still name it, no enforcer that starts meanwhile takes the container for one that is
+there, and whatever a crash leaves is found by its record and taken apart again (services.networker.sweep).
 
 The calls for one handle run one after the other; those for different handles at once.
 """
@@ -218,14 +218,23 @@ class Attachments:
                 await self._disk.run(self._records.put, replace(record, stage=Stage.REMOVING))
             except OSError as error:  # a full disk is no reason to keep a container
                 log.warning("removing a container recorded as ready", extra=about(handle=handle, error=str(error)))
-        await self._forget(handle, self._admit_timeout)
-        failpoint("networker.remove.after-forget")
         address = None
         if record is not None:
             netns, ifname = netns or record.netns, _ifname(record) or ifname
             address = None if record.address is None else str(record.address)
-        await self._detach(handle, netns, ifname, address, self._attach_timeout)
-        failpoint("networker.remove.after-detach")
+
+        async def rules() -> None:
+            await self._forget(handle, self._admit_timeout)
+            failpoint("networker.remove.after-forget")
+
+        async def link() -> None:
+            await self._detach(handle, netns, ifname, address, self._attach_timeout)
+            failpoint("networker.remove.after-detach")
+
+        # Both to their end, whatever becomes of the other: nothing of ours may go on when the turn is over.
+        for outcome in await asyncio.gather(rules(), link(), return_exceptions=True):
+            if outcome is not None:
+                raise outcome
         await self._delete(handle)
         log.info("removed", extra=about(handle=handle, recorded=record is not None))
 

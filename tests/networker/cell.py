@@ -113,8 +113,12 @@ class Neighbours:
             self._violation(f"{handle}: attached without a record")
         if handle not in self.attached:
             first = IPv4Address("10.255.30.2")
-            used = set(self.attached.values())
+            # As the real worker does: what a record names is in use, whether or not there is a link.
+            used = {str(record.address) for record in self._records.all()} | set(self.attached.values())
             self.attached[handle] = next(str(first + n) for n in range(250) if str(first + n) not in used)
+            for other, container in self.admitted.items():
+                if container["address"] == self.attached[handle]:
+                    self._violation(f"{handle}: has the address of {other}, whose rules the enforcer still has")
         address = self.attached[handle]
         return JSONResponse(
             {
@@ -131,8 +135,6 @@ class Neighbours:
         body, refusal = await self._begin(request)
         if refusal:
             return refusal
-        if body["handle"] in self.admitted:
-            self._violation(f"{body['handle']}: detached while the enforcer has its rules")
         self.attached.pop(body["handle"], None)
         return JSONResponse({})
 
