@@ -3,11 +3,13 @@
 import asyncio
 import socket
 import struct
+from contextlib import suppress
+from ipaddress import IPv4Address
 
 import pytest
 
 from tests.enforcer.conftest import enforcing, tags, tcp, udp
-from tests.enforcer.world import Box, Cell, echoes, inside, run
+from tests.enforcer.world import Box, Cell, Echo, dial, echoes, inside, is_cut, run
 
 pytestmark = pytest.mark.kernel
 KNOWN = tags(web=1, api=0x1234, db=3)
@@ -28,16 +30,17 @@ def heard(receiver: socket.socket, word: bytes) -> bool:
     """Whether a datagram with `word` in it comes."""
     try:
         while True:
-            if word in receiver.recv(2048):
+            if word in receiver.recv(8192):
                 return True
     except (TimeoutError, ConnectionRefusedError):
         return False
 
 
-def try_send(sender: socket.socket, word: bytes, box: Box, port: int) -> None:
+def try_send(sender: socket.socket, word: bytes, to: Box | IPv4Address | str, port: int) -> None:
+    address = str(to.address if isinstance(to, Box) else to)
     for _ in range(2):  # a pending ICMP error is reported by the first
         try:
-            sender.sendto(word, (str(box.address), port))
+            sender.sendto(word, (address, port))
         except ConnectionRefusedError:
             continue
         return
@@ -155,3 +158,74 @@ async def test_nobody_of_the_underlay_sends_into_the_overlay(two_cells: list[Cel
         intruder.bind((str(web.address), 5000))
         intruder.sendto(b"smuggled", (str(api.address), 8080))
         assert not heard(listener, b"smuggled")
+
+
+async def test_no_host_is_reached_whatever_its_address(two_cells: list[Cell], kind: str) -> None:
+    near, far = two_cells
+    web = near.box("web")
+    hosts = ["169.254.0.1", near.underlay, far.underlay, near.subnet[0], far.subnet[0]]
+    async with enforcing(near, kind, known=KNOWN), enforcing(far, kind, known=KNOWN):
+        near.network.ip("addr add 10.77.0.99/24 dev br0")
+        for cell in two_cells:
+            Echo(cell, 22)
+            # The way back from the underlay, so that only rules can be what is in the way.
+            cell.network.ip(f"route add {cell.subnet} via {cell.underlay}")
+        far.ip(f"route add {web.address} via {near.underlay}")
+        for host in hosts:
+            with pytest.raises((ConnectionRefusedError, TimeoutError)):
+                dial(web, host, 22, source=web.address)
+            made = bound(web, 0)
+            try_send(made, b"asked", host, 22)
+            assert not heard(made, b"asked"), host
+        with pytest.raises((ConnectionRefusedError, TimeoutError)):
+            dial(far.network, web.address, 22, source=IPv4Address("10.77.0.99"))
+
+
+async def test_other_protocols_fragments_and_own_address(cell: Cell, kind: str) -> None:
+    """A policy is for one protocol and port; nothing else of the two containers meets."""
+    web, api = cell.box("web"), cell.box("api")
+    known = {**KNOWN, ("policy", "api", "web"): (udp(8080),)}
+    async with enforcing(cell, kind, known=known):
+        for protocol in (1, 4, 47, 132, 255):
+            ends = {
+                box: inside(box.name, lambda p=protocol: socket.socket(socket.AF_INET, socket.SOCK_RAW, p))
+                for box in (web, api)
+            }
+            ends[api].settimeout(0.3)
+            with suppress(OSError):
+                ends[web].sendto(b"\x08\0\0\0smuggled", (str(api.address), 0))
+            assert not heard(ends[api], b"smuggled"), protocol
+        listener, closed, sender = bound(api, 8080), bound(api, 9090), bound(web, 5000)
+        for size in (100, 4000):
+            try_send(sender, b"x" * size, api, 8080)
+            assert heard(listener, b"x" * size)
+            try_send(sender, b"y" * size, api, 9090)
+            assert not heard(closed, b"y" * size)
+
+
+async def test_a_half_open_and_a_silent_flow_are_cut(two_cells: list[Cell], kind: str) -> None:
+    near, far = two_cells
+    web, api = near.box("web"), far.box("api")
+    server = api.serve(8080)
+    known = {**KNOWN, ("policy", "api", "web"): (tcp(8080), tcp(8081), udp(8080))}
+    async with enforcing(near, kind, known=known), enforcing(far, kind, known=known) as enforcer:
+        silent, stream = bound(web, 5000), web.tcp(api, 8080)
+        silent.connect((str(api.address), 8080))
+        assert echoes(silent)
+        assert echoes(stream)
+        # The SYN is let in, and lost in the container: the handshake goes on after the policy is gone.
+        api.exec("iptables-nft -I INPUT -p tcp --dport 8081 -j DROP")
+        half = bound(web, 5001, socket.SOCK_STREAM)
+        api.serve(8081)
+        half.setblocking(False)
+        half.connect_ex((str(api.address), 8081))
+        await asyncio.sleep(0.3)
+        await enforcer.allow("web", "api")
+        api.exec("iptables-nft -F INPUT")
+        await asyncio.sleep(2.5)
+        with pytest.raises(OSError, match="not connected"):
+            half.getpeername()
+        server.datagram.sendto(b"unasked", (str(web.address), 5000))
+        assert not heard(silent, b"unasked")
+        assert is_cut(silent)
+        assert is_cut(stream)
