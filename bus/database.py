@@ -199,7 +199,8 @@ def _mysql(options: DatabaseOptions) -> dict[str, Any]:
     return {
         "charset": "utf8mb4",
         "max_size": options.connections,
-        "connect_timeout": options.connect_timeout,
+        # Its own limit would be asyncio.wait_for, which before Python 3.12 may lose a cancellation, here our limit's.
+        "connect_timeout": None,
         "pool_recycle": int(max(1, options.connection_lifetime)),
         "ssl": options.tls_context(),
         "init_command": f"SET SESSION {own} innodb_lock_wait_timeout={max(1, int(seconds))}",

@@ -58,7 +58,13 @@ class Bench:
 
 @asynccontextmanager
 async def bench(folder: Path, *, highest: int = 65535) -> AsyncIterator[Bench]:
-    async with open_database(f"sqlite:///{folder / 'policy.db'}") as database:
+    async with bench_on(f"sqlite:///{folder / 'policy.db'}", highest=highest) as made:
+        yield made
+
+
+@asynccontextmanager
+async def bench_on(url: str, *, highest: int = 65535) -> AsyncIterator[Bench]:
+    async with open_database(url) as database:
         ledger = FailingOnce(database, "policies")
         await ledger.migrate(MIGRATIONS)
         now, outcomes = [1_000_000.5], list[Outcome[None]]()
