@@ -1,4 +1,4 @@
-"""What the services speak of, defined once: policies, tags, leases, containers.
+"""What the services speak of, defined once: policies, tags, security groups, leases, containers.
 
 Each type has one `encode` (to plain msgpack or JSON values) and one decoder that refuses what is malformed
 (`bus.decode.Malformed`). Nothing here knows how it travels: tables, requests, records and sockets carry these.
@@ -12,6 +12,8 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any, NewType
 
 from bus.decode import Fields, Malformed
+from bus.security_groups import SecurityGroup as SecurityGroup
+from bus.security_groups import decode_security_group_entry as decode_security_group_entry
 
 AppId = NewType("AppId", str)
 """A policy group: an app's GUID, or another group's name such as INGRESS_ROUTER. Opaque, 1..255 characters."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bus import subjects
-from bus.tables import LEASES, POLICIES
+from bus.tables import LEASES, POLICIES, SECURITY_GROUPS
 
 POLICY_SERVER = "policy-server"
 SILK_CONTROLLER = "silk-controller"
@@ -23,8 +23,10 @@ CELL = "cell"
 READER = "reader"
 OPERATOR = "operator"
 
-TABLES = {POLICY_SERVER: (POLICIES.name,), SILK_CONTROLLER: (LEASES.name,)}
+TABLES = {POLICY_SERVER: (POLICIES.name, SECURITY_GROUPS.name), SILK_CONTROLLER: (LEASES.name,)}
 """The tables of each central service, which nobody else publishes."""
+WITH_EVENTS = (POLICIES.name, LEASES.name)
+"""The tables whose changes are told as events, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,8 @@ class User:
 
 
 def streams() -> Iterator[str]:
-    for tables in TABLES.values():
-        for table in tables:
-            yield subjects.event_stream(table)
+    for table in WITH_EVENTS:
+        yield subjects.event_stream(table)
 
 
 def reader_services(reader: str) -> tuple[tuple[str, str, bool], ...]:
@@ -79,11 +80,16 @@ def central(role: str) -> User:
     publish: list[Grant] = []
     subscribe: list[Grant] = []
     for table in TABLES[role]:
-        stream = subjects.event_stream(table)
-        publish += [
+        subscribe.append(Grant("who asks for its table", (f"{subjects.table_fetch(table)} publishers",)))
+        publish.append(
             Grant(
                 "changes of its table, and heartbeats", (subjects.table_change(table), subjects.table_heartbeat(table))
-            ),
+            )
+        )
+        if table not in WITH_EVENTS:
+            continue
+        stream = subjects.event_stream(table)
+        publish += [
             Grant("events, which the stream takes in", (subjects.event(table, ">"),)),
             Grant(
                 "the relay makes the stream, and looks what its last messages are",
@@ -98,7 +104,6 @@ def central(role: str) -> User:
                 ),
             ),
         ]
-        subscribe.append(Grant("who asks for its table", (f"{subjects.table_fetch(table)} publishers",)))
     if role == SILK_CONTROLLER:
         subscribe.append(Grant("cells that ask for their lease", (f"{subjects.lease('*', '*')} {SILK_CONTROLLER}",)))
     verbs = ("PING", "INFO", "STATS")

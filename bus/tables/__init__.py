@@ -8,6 +8,6 @@
 
 from bus.tables.publisher import Publisher
 from bus.tables.replica import Replica
-from bus.tables.table import LEASES, POLICIES, Key, Table, Update
+from bus.tables.table import LEASES, POLICIES, SECURITY_GROUPS, Key, Table, Update
 
-__all__ = ["LEASES", "POLICIES", "Key", "Publisher", "Replica", "Table", "Update"]
+__all__ = ["LEASES", "POLICIES", "SECURITY_GROUPS", "Key", "Publisher", "Replica", "Table", "Update"]

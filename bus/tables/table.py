@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from bus.decode import Malformed
-from bus.messages import Lease, Ports, Revision, Tag, decode_lease_entry, decode_policy_entry
+from bus.messages import (
+    Lease,
+    Ports,
+    Revision,
+    SecurityGroup,
+    Tag,
+    decode_lease_entry,
+    decode_policy_entry,
+    decode_security_group_entry,
+)
 from bus.wire import pack, unpack_each
 
 V = TypeVar("V")
@@ -27,6 +36,7 @@ class Table(Generic[V]):
 
 POLICIES: Table[tuple[Ports, ...] | Tag] = Table("policies", decode_policy_entry)
 LEASES: Table[Lease] = Table("leases", decode_lease_entry)
+SECURITY_GROUPS: Table[SecurityGroup] = Table("security_groups", decode_security_group_entry)
 
 
 @dataclass(frozen=True, slots=True)
