@@ -229,3 +229,61 @@ async def test_a_half_open_and_a_silent_flow_are_cut(two_cells: list[Cell], kind
         assert not heard(silent, b"unasked")
         assert is_cut(silent)
         assert is_cut(stream)
+
+
+async def test_who_is_cut_off_hears_of_it_across_cells(two_cells: list[Cell], kind: str) -> None:
+    """The reset is the far cell's own word, and must not be dropped as an answer that nobody let in."""
+    near, far = two_cells
+    web, api = near.box("web"), far.box("api")
+    api.serve(8080)
+    known = {**KNOWN, ("policy", "api", "web"): (tcp(8080), udp(8080))}
+    async with enforcing(near, kind, known=known), enforcing(far, kind, known=known) as enforcer:
+        stream, datagrams = web.tcp(api, 8080), web.udp(api, 8080)
+        assert echoes(stream)
+        assert echoes(datagrams)
+        await enforcer.allow("web", "api")
+        for flow, error in ((stream, ConnectionResetError), (datagrams, ConnectionRefusedError)):
+            flow.settimeout(5)
+            flow.send(b"x")
+            with pytest.raises(error):
+                flow.recv(16)
+        with pytest.raises(ConnectionRefusedError):
+            web.tcp(api, 8080)
+
+
+async def test_ipv6_reaches_nothing(cell: Cell, kind: str) -> None:
+    """A container may give itself addresses; its cell's end may have got one too."""
+    web, api = cell.box("web"), cell.box("api")
+    for number, box in enumerate((web, api), 1):
+        box.sysctl(net__ipv6__conf__eth0__disable_ipv6=0, net__ipv6__conf__eth0__accept_dad=0)
+        cell.sysctl(**{f"net__ipv6__conf__{box.link}__disable_ipv6": 0})
+        box.ip(
+            f"addr add fd00:{number}::2/64 dev eth0 nodad", f"route add default via fd00:{number}::1 dev eth0 onlink"
+        )
+        cell.ip(f"addr add fd00:{number}::1/64 dev {box.link} nodad")
+    cell.sysctl(net__ipv6__conf__all__forwarding=1)
+
+    def listening(where: str) -> socket.socket:
+        def make() -> socket.socket:
+            made = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            made.bind(("::", 8080))
+            made.settimeout(0.5)
+            return made
+
+        return inside(where, make)
+
+    ends = {"fd00:2::2": listening(api.name), "fd00:1::1": listening(cell.name)}
+    sender = inside(web.name, lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+    for address, listener in ends.items():
+        # Not at once: the neighbours must find each other first.
+        for _ in range(10):
+            sender.sendto(b"before", (address, 8080))
+            if heard(listener, b"before"):
+                break
+        else:
+            pytest.fail("it must be the rules that keep it out")
+    async with enforcing(cell, kind, known=KNOWN):
+        for address, listener in ends.items():
+            with suppress(OSError):
+                sender.sendto(b"smuggled", (address, 8080))
+            assert not heard(listener, b"smuggled")
