@@ -20,7 +20,9 @@ PATIENCE = 60.0
 def state(server: PolicyServer) -> tuple[set[str], set[str]]:
     """The apps in policies, and those that have a tag, as they are in SQL."""
     with sqlite3.connect(server.folder / "policy.db") as database:
-        in_policies = {app for row in database.execute("SELECT source, destination FROM silkbus_policies") for app in row}
+        in_policies = {
+            app for row in database.execute("SELECT source, destination FROM silkbus_policies") for app in row
+        }
         tagged = {row[0] for row in database.execute("SELECT app FROM silkbus_tags WHERE freed_at IS NULL")}
     return in_policies, tagged
 
