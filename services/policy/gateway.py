@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
@@ -18,12 +18,13 @@ from bus.decode import Malformed
 from bus.local import Health
 from bus.log import about
 from bus.messages import Policy, Revision
-from services.policy import history_http, wire_v0, wire_v1
+from services.policy import history_http, openapi, wire_v0, wire_v1
 from services.policy.access import Access, is_admin
 from services.policy.cors import Origins
 from services.policy.endpoint import ApiError, Call, Endpoints, Operation, answering
 from services.policy.history import History, NoSuchRevision, TooFarBack
 from services.policy.identity import ADMIN, WRITE, Authenticator, Unavailable
+from services.policy.listing import Listing
 from services.policy.store import Filter, QuotaExceeded, Store
 from services.policy.tag_pool import TagsExhausted
 from services.policy.wire import Wire
@@ -62,6 +63,7 @@ class Gateway:
     def __init__(
         self,
         store: Store,
+        listing: Listing,
         history: History,
         authenticator: Authenticator,
         access: Access,
@@ -70,10 +72,12 @@ class Gateway:
         bus_connected: Callable[[], bool],
     ) -> None:
         self._store = store
+        self._listing = listing
         self._history = history
         self._access = access
         self._options = options
         self._bus_connected = bus_connected
+        self._process = Health()
         self._started = time.monotonic_ns()
         self._endpoints = Endpoints(
             authenticator, access, versions=WIRES.keys(), origins=options.origins, tls=options.tls
@@ -83,7 +87,6 @@ class Gateway:
         route = self._endpoints.route
         external = "/networking/{version:version}/external"
         uptime = Operation("Uptime", self._uptime)
-        health = Health()
         app = Starlette(
             routes=[
                 route("/", GET=uptime),
@@ -98,9 +101,10 @@ class Gateway:
                 route(f"{external}/policies/delete", POST=Operation("DeletePolicies", self._delete, (ADMIN, WRITE))),
                 route(f"{external}/history", GET=Operation("History", self._changes, (ADMIN,))),
                 route(f"{external}/tags", GET=Operation("TagsIndex", self._tags, (ADMIN,))),
-                Route("/livez", health.livez),
+                route("/openapi.json", GET=Operation("OpenAPI", self._openapi)),
+                Route("/livez", self._process.livez),
                 Route("/readyz", self._readyz),
-                Route("/metrics", health.metrics),
+                Route("/metrics", self._metrics),
             ],
             exception_handlers={404: self._endpoints.not_found, 405: self._endpoints.not_allowed},
         )
@@ -110,6 +114,9 @@ class Gateway:
     async def _uptime(self, _: Call) -> Response:
         up = go_duration(time.monotonic_ns() - self._started)
         return PlainTextResponse(f"Network policy server, up for {up}\n")
+
+    async def _openapi(self, _: Call) -> Response:
+        return Response(openapi.document(), media_type="application/json")
 
     async def _whoami(self, call: Call) -> Response:
         return _json({"subject": call.identity.user})
@@ -131,6 +138,12 @@ class Gateway:
         bus = "ok" if self._bus_connected() else "away; changes are accepted and published once it is back"
         text = f"database: {problem or 'ok'}\nbus: {bus}\n"
         return PlainTextResponse(text, status_code=200 if problem is None else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        with suppress(Exception):  # the number of policies stays the last one known; readyz says what is wrong
+            async with asyncio.timeout(CHECK_TIMEOUT):
+                await self._listing.refresh()
+        return await self._process.metrics(request)
 
     async def _create(self, call: Call) -> Response:
         policies = await self._policies(call, too_long="failed reading request body")
@@ -158,27 +171,45 @@ class Gateway:
 
     async def _index(self, call: Call) -> Response:
         wanted = _filter(call.request)
+        wire = WIRES[call.version]
         with _storing("database read failed", call):
-            try:
-                at = history_http.integer(call.request.query_params, "at")
-                if at is None:
-                    policies = await self._store.list(wanted)
-                else:
-                    policies = [item for item in await self._history.policies_at(at) if wanted.matches(item)]
-            except (history_http.BadParameter, TooFarBack) as error:
-                raise ApiError(400, str(error)) from None
-            except NoSuchRevision as error:
-                raise ApiError(404, str(error)) from None
+            at = _parameter(call.request, "at")
+            if at is not None:
+                return await self._past(call, at, wanted)
+            state = await self._listing.refresh()
+            if not is_admin(call.identity):
+                return await self._visible(call, self._listing.find(wanted))
+            # The same for every admin, until the next change.
+            tag = {"ETag": f'W/"{state}"'}
+            if tag["ETag"] in call.request.headers.get("if-none-match", ""):
+                return Response(status_code=304, headers=tag)
+            if wanted == Filter():
+                text = await self._listing.encoded(wire)
+            else:
+                text = wire.encode(self._listing.find(wanted))
+        return Response(text, media_type="application/json", headers=tag)
+
+    async def _past(self, call: Call, revision: int, wanted: Filter) -> Response:
+        """The list as it was at a revision."""
+        try:
+            policies = await self._history.policies_at(revision)
+        except TooFarBack as error:
+            raise ApiError(400, str(error)) from None
+        except NoSuchRevision as error:
+            raise ApiError(404, str(error)) from None
+        return await self._visible(call, [policy for policy in policies if wanted.matches(policy)])
+
+    async def _visible(self, call: Call, policies: list[Policy]) -> Response:
         with answering("filter policies failed"):
-            policies = await self._access.visible(call.identity, policies)
-        return Response(WIRES[call.version].encode(policies), media_type="application/json")
+            seen = await self._access.visible(call.identity, policies)
+        return Response(WIRES[call.version].encode(seen), media_type="application/json")
 
     async def _changes(self, call: Call) -> Response:
+        try:
+            wanted = history_http.wanted(call.request.query_params)
+        except history_http.BadParameter as error:
+            raise ApiError(400, str(error)) from None
         with _storing("database read failed", call):
-            try:
-                wanted = history_http.wanted(call.request.query_params)
-            except history_http.BadParameter as error:
-                raise ApiError(400, str(error)) from None
             entries, following = await self._history.page(wanted)
         return Response(history_http.encode(entries, following), media_type="application/json")
 
@@ -239,10 +270,18 @@ async def _body(request: Request) -> bytes | None:
     return bytes(body) if total <= MAX_BODY else None
 
 
+def _parameter(request: Request, name: str) -> int | None:
+    try:
+        return history_http.integer(request.query_params, name)
+    except history_http.BadParameter as error:
+        raise ApiError(400, str(error)) from None
+
+
 def _filter(request: Request) -> Filter:
     def ids(name: str) -> frozenset[str] | None:
         values = request.query_params.getlist(name)
-        return frozenset(values[0].split(",")) if values else None
+        # PostgreSQL's texts have no NUL, and neither has any id.
+        return frozenset(item for item in values[0].split(",") if "\0" not in item) if values else None
 
     either = ids("id")
     return (

@@ -22,7 +22,8 @@ MAX_POLICIES = 10_000
 MAX_CHANGES_BACK = 10_000
 MAX_POLICIES_BACK = 500_000
 _AT_ONCE = 50
-_ADDED = "policy.added"
+ADDED = "policy.added"
+"""The kind of event that tells of a new policy; the other kind tells of one removed."""
 
 _ALL = "SELECT l.* FROM change_log l WHERE l.table_name = 'policies'"
 _OF_APP = (
@@ -126,9 +127,9 @@ async def _entry(row: Any, app: str | None) -> Entry:
     added: list[Policy] = []
     removed: list[Policy] = []
     for number, event in enumerate(decode_logged(row["events"])):
-        policy = _policy(event)
+        policy = event_policy(event)
         if app is None or app in (policy.source, policy.destination):
-            (added if event["kind"] == _ADDED else removed).append(policy)
+            (added if event["kind"] == ADDED else removed).append(policy)
         if number % 1000 == 999:
             await asyncio.sleep(0)
     return Entry(Revision(row["revision"]), row["changed_at_ms"], row["actor"], row["request_id"], added, removed)
@@ -165,6 +166,7 @@ async def _policies_at(database: Connection, revision: int) -> list[Policy]:
     return list(policies)
 
 
-def _policy(event: Any) -> Policy:
+def event_policy(event: Any) -> Policy:
+    """The policy that an event of the change log is about."""
     data = Fields(event["data"], "change log")
     return Policy(AppId(data.text("source")), AppId(data.text("destination")), Ports.decode(list(data.items("ports"))))

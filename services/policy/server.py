@@ -29,6 +29,7 @@ from services.policy.authority import open_authority
 from services.policy.gateway import Gateway
 from services.policy.history import History
 from services.policy.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
+from services.policy.listing import Listing
 from services.policy.migrate import CannotOpen, open_ledger
 from services.policy.settings import PolicySettings
 from services.policy.store import Store, entries
@@ -94,6 +95,7 @@ async def serve(settings: PolicySettings) -> None:
             pool = TagPool(rest=settings.max_stale + REST_MARGIN, clock=time.time)
             gateway = Gateway(
                 Store(ledger, pool, committed),
+                Listing(ledger),
                 History(ledger),
                 authority.authenticator,
                 authority.access,
