@@ -28,11 +28,12 @@ def requirements() -> None:
         raise LabError("a lab needs root (for network namespaces): run it with sudo")
     # Who became root by `su` may have a PATH without these.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *SYSTEM_FOLDERS])
-    missing = [name for name in ("ip", "iptables-restore", "iptables-save", "ipset") if shutil.which(name) is None]
+    needed = ("ip", "iptables-restore", "iptables-save", "ipset", "sysctl")
+    missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         raise LabError(
             f"a lab needs programs that are missing: {', '.join(missing)}; on Debian and Ubuntu: "
-            "apt-get install iproute2 iptables ipset conntrack"
+            "apt-get install iproute2 iptables ipset procps"
         )
 
 
