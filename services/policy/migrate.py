@@ -58,4 +58,5 @@ def reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, asyncio.TimeoutError) and not str(error):
         return "does not answer"
-    return repr(error)
+    cause = error.__cause__ or error.__context__  # MySQL's driver says "can't connect" and keeps the reason there
+    return f"{error!r}: {cause}" if cause is not None and str(cause) not in repr(error) else repr(error)
