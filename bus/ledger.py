@@ -128,6 +128,8 @@ class Outcome(Generic[R]):
     changed: bool
     request_id: str
     changes: Changes = ()
+    changed_at_ms: int = 0
+    """Unix time at which it was written down; 0 when nothing was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +316,7 @@ class Ledger:
         if not change._entries:
             return Outcome(result, Revision(revision - 1), False, request_id)
         changes = tuple(change._entries.items())
+        now = int(time.time() * 1000)
         await connection.execute(
             "INSERT INTO change_log (table_name, revision, request_id, actor, changed_at_ms, changes, events)"
             " VALUES (:name, :revision, :id, :actor, :at, :changes, :events)",
@@ -321,12 +324,12 @@ class Ledger:
                 **same,
                 "revision": revision,
                 "actor": actor[:255],
-                "at": int(time.time() * 1000),
+                "at": now,
                 "changes": await _encode([[list(key), data] for key, data in changes]),
                 "events": await _encode(change._events),
             },
         )
-        return Outcome(result, Revision(revision), True, request_id, changes)
+        return Outcome(result, Revision(revision), True, request_id, changes, now)
 
     async def head(self) -> tuple[str, Revision]:
         """The table's epoch and revision."""
@@ -355,6 +358,13 @@ class Ledger:
             )
             for row in rows
         ]
+
+    async def last_changed(self) -> int:
+        """The latest time in the change log, as Unix time in ms; 0 for an empty one."""
+        found = await self.database.fetch_val(
+            "SELECT MAX(changed_at_ms) FROM change_log WHERE table_name = :name", {"name": self.table}
+        )
+        return int(found or 0)
 
     async def content(
         self, entries: Callable[[DatabaseConnection], Awaitable[Mapping[Key, Any]]]

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from databases.core import Connection as DatabaseConnection
@@ -61,6 +62,21 @@ ANSWERED = Counter("silkbus_table_answered_total", "Fetches answered", ["table",
 REVISION = Gauge("silkbus_table_revision", "Revision of the table in the database", ["table"])
 
 
+@dataclass(frozen=True, slots=True)
+class Mirrored:
+    """What became of a publisher's mirror: the changes that brought it to `revision`.
+
+    `changed_at_ms` is the latest Unix time at which any change up to this revision was written down, as far as known.
+    `reloaded`: they are the difference to what is in the database, which may hold another history.
+    """
+
+    epoch: str
+    revision: Revision
+    changes: Changes
+    changed_at_ms: int
+    reloaded: bool = False
+
+
 class Publisher(Generic[V]):
     """Publishes one table. `entries` reads all its entries from SQL, as key -> value before packing."""
 
@@ -84,6 +100,31 @@ class Publisher(Generic[V]):
         self._snapshot: tuple[Revision, bytes] | None = None
         self._turn = asyncio.Lock()
         self._waiting = 0
+        self._changed_at_ms = 0
+        self._listeners: list[Callable[[Mirrored], None]] = []
+
+    def listen(self, listener: Callable[[Mirrored], None]) -> None:
+        """Have all of the mirror, as one change, when it is first read, and each change from then on.
+
+        Listeners are called in the event loop, before the bus and the asking cells know of a change; they must not
+        block, nor raise.
+        """
+        self._listeners.append(listener)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the mirror was last found equal to the database; since the machine's start before it ever was."""
+        return time.monotonic() - self._seen_at
+
+    @property
+    def epoch(self) -> str:
+        """The database's epoch, empty before it was read."""
+        return "" if self._mirror is None else self._mirror.epoch
+
+    @property
+    def digest(self) -> bytes:
+        """That of the mirror, empty before it was read: equal on all servers with the same entries."""
+        return b"" if self._mirror is None else self._mirror.digest
 
     @property
     def revision(self) -> Revision | None:
@@ -124,7 +165,7 @@ class Publisher(Generic[V]):
         fits = len(whole) <= self.connection.max_payload
         data = whole if fits else encode(message)
         if outcome.revision == self._mirror.revision + 1:
-            self._apply(outcome.revision, outcome.request_id, outcome.changes)
+            self._apply(outcome.revision, outcome.request_id, outcome.changes, outcome.changed_at_ms)
         if await self.connection.publish_bytes(subjects.table_change(self.table.name), data):
             PUBLISHED.labels(self.table.name).inc()
 
@@ -184,7 +225,7 @@ class Publisher(Generic[V]):
                 return False
             for entry in log_entries:
                 if entry.revision == mirror.revision + 1:
-                    self._apply(entry.revision, entry.request_id, entry.changes)
+                    self._apply(entry.revision, entry.request_id, entry.changes, entry.changed_at_ms)
                 elif entry.revision == mirror.revision and entry.request_id != self._last_request:
                     return False
                 self._read = entry.revision, entry.request_id
@@ -195,6 +236,7 @@ class Publisher(Generic[V]):
         content, last = await self.ledger.content(self.entries)
         start = Revision(max(1, content.revision - PAGE + 1))
         recent = await self.ledger.log_from(start, limit=PAGE)
+        changed_at_ms = await self.ledger.last_changed()
         old = self._mirror
         if old is not None and (old.epoch, old.revision) == (content.epoch, content.revision):
             if (old.digest, self._last_request) == (content.digest, last):
@@ -210,12 +252,22 @@ class Publisher(Generic[V]):
         for entry in recent:
             if entry.revision <= content.revision:
                 self._keep(entry.revision, entry.changes)
+        self._changed_at_ms = changed_at_ms
+        self._tell((old or Content()).difference(content), reloaded=True)
 
-    def _apply(self, revision: Revision, request_id: str, changes: Changes) -> None:
+    def _apply(self, revision: Revision, request_id: str, changes: Changes, changed_at_ms: int) -> None:
         assert self._mirror is not None  # noqa: S101 (for the type checker: callers hold one)
         self._mirror.apply(revision, changes)
         self._last_request = request_id
         self._keep(revision, changes)
+        self._changed_at_ms = max(self._changed_at_ms, changed_at_ms)
+        self._tell(changes)
+
+    def _tell(self, changes: Changes, *, reloaded: bool = False) -> None:
+        assert self._mirror is not None  # noqa: S101 (as above)
+        what = Mirrored(self._mirror.epoch, self._mirror.revision, changes, self._changed_at_ms, reloaded)
+        for listener in self._listeners:
+            listener(what)
 
     def _keep(self, revision: Revision, changes: Changes) -> None:
         """Keep a revision for those who ask for what came after an earlier one, as long as there is room."""
@@ -242,7 +294,7 @@ class Publisher(Generic[V]):
         size = max(1, self.connection.max_payload - HEADROOM)
         pieces = [body[start : start + size] for start in range(0, len(body), size)] or [b""]
         # All parts are of one server at one revision: the position is taken before the first is sent.
-        age = time.monotonic() - self._seen_at
+        age = self.age
         head = {"kind": kind, **self._position(self._mirror), "age": age, "parts": len(pieces)}
         return [{**head, "part": number, "data": piece} for number, piece in enumerate(pieces)]
 
