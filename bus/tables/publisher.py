@@ -66,12 +66,14 @@ REVISION = Gauge("silkbus_table_revision", "Revision of the table in the databas
 class Mirrored:
     """What became of a publisher's mirror: the changes that brought it to `revision`.
 
-    `changed_at_ms` is the latest Unix time at which any change up to this revision was written down, as far as known.
-    `reloaded`: they are the difference to what is in the database, which may hold another history.
+    `digest` is equal on all servers with the same entries; `changed_at_ms` is the latest Unix time at which any change
+    up to this revision was written down. `reloaded`: the changes are the difference to what the database holds, which
+    may be another history.
     """
 
     epoch: str
     revision: Revision
+    digest: bytes
     changes: Changes
     changed_at_ms: int
     reloaded: bool = False
@@ -113,18 +115,13 @@ class Publisher(Generic[V]):
 
     @property
     def age(self) -> float:
-        """Seconds since the mirror was last found equal to the database; since the machine's start before it ever was."""
+        """Seconds since the mirror was last found equal to the database; very many before it ever was."""
         return time.monotonic() - self._seen_at
 
     @property
     def epoch(self) -> str:
         """The database's epoch, empty before it was read."""
         return "" if self._mirror is None else self._mirror.epoch
-
-    @property
-    def digest(self) -> bytes:
-        """That of the mirror, empty before it was read: equal on all servers with the same entries."""
-        return b"" if self._mirror is None else self._mirror.digest
 
     @property
     def revision(self) -> Revision | None:
@@ -265,7 +262,8 @@ class Publisher(Generic[V]):
 
     def _tell(self, changes: Changes, *, reloaded: bool = False) -> None:
         assert self._mirror is not None  # noqa: S101 (as above)
-        what = Mirrored(self._mirror.epoch, self._mirror.revision, changes, self._changed_at_ms, reloaded)
+        mirror = self._mirror
+        what = Mirrored(mirror.epoch, mirror.revision, mirror.digest, changes, self._changed_at_ms, reloaded)
         for listener in self._listeners:
             listener(what)
 
