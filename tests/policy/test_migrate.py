@@ -12,10 +12,11 @@ from bus.database_options import DatabaseOptions
 from bus.settings import load
 from services.policy.commands import DatabaseSettings, main
 from services.policy.migrate import CannotOpen, open_ledger, pending
+from services.policy.schema import MIGRATIONS
 from tests.databases import EmptyDatabase
 from tests.policy.server import PolicyServer
 
-STEPS = ["ledger-1", "policy-1", "policy-2"]
+STEPS = ["ledger-1", *(name for name, _ in MIGRATIONS)]
 OPTIONS = DatabaseOptions()
 
 
