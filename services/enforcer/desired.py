@@ -19,7 +19,7 @@ That a flow is established is not enough between cells, since each cell sees onl
   sends must carry the tag that the flow was let in with; otherwise it is judged as a new flow.
 
 Where a container may go beyond the overlay (security groups, DNS) and who may come from there (port forwarding)
-belongs before the last rule of `sb-forward`, and in `sb-input`.
+belongs before the last rule of `sb-new`, and in `sb-input`.
 """
 
 from collections.abc import Mapping
@@ -186,6 +186,7 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
     vtep = settings.vtep_name
     vxlan = f"-p udp -m udp --dport {settings.vtep_port}"
     to_overlay = (from_link(link), to_link(vtep), f"-d {settings.overlay_network}")
+    overlay = f"-s {settings.overlay_network}"
     untracked = rule(to="CT --notrack")
     stranger = rule(f"-m set ! --match-set {PEER_SET} src", to="DROP")
     chains = {
@@ -218,7 +219,11 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
         ("filter", "sb-forward"): (
             rule(REVOKED, to="sb-cut"),
             # From another cell, or from somebody on the underlay who pretends to be there.
-            rule(f"! {from_link(link)}", f"-s {settings.overlay_network}", ANSWER, UNPROVEN, to="DROP"),
+            *(
+                ()
+                if settings.unmarked_answers
+                else (rule(f"! {from_link(link)}", overlay, ANSWER, UNPROVEN, to="DROP"),)
+            ),
             rule(FROM_OPENER, FLOW_TAGGED, to="sb-opener"),
             rule(ESTABLISHED, to="ACCEPT"),
             # A flow begins with SYN; what does not is the rest of one that was cut, and would be taken for a new one.

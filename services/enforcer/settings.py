@@ -21,6 +21,9 @@ class EnforcerSettings(CellSettings):
     vtep_port: int = setting("UDP port of VXLAN", 4789)
     link_prefix: str = setting("how the host ends of containers' links begin", "s-")
     iptables: str = setting("auto, legacy or nft", "auto")
+    unmarked_answers: bool = setting(
+        "take answers that their cell did not mark: true only while cells of the original Silk are in the fleet", False
+    )
 
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a second class, which the zero-argument form does not know.

@@ -1,5 +1,7 @@
 """Desired state as text: what is rendered, how it is split, what is written for a difference."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +79,14 @@ def test_the_fixed_chains_are_these() -> None:
     assert "sb-peers" not in text(fence(SETTINGS))
     assert text(static_v6(SETTINGS)).endswith("filter sb-v6 -j DROP")
     assert dispatch(set()) == {ChainId("filter", "sb-to"): ()}
+
+
+def test_beside_the_original_unmarked_answers_pass_and_nothing_else_differs() -> None:
+    ours = text(static(SETTINGS, peers_known=True)).splitlines()
+    mixed = text(static(replace(SETTINGS, unmarked_answers=True), peers_known=True)).splitlines()
+    (left_out,) = [line for line in ours if line not in mixed]
+    assert left_out.startswith("filter sb-forward ! -i s-+ -s 10.255.0.0/16")
+    assert [line for line in ours if line != left_out] == mixed
 
 
 def test_a_policy_is_one_rule() -> None:
