@@ -347,8 +347,12 @@ def explain(error: BaseException | None, credentials: Credentials | None) -> str
     who = f"the certificate {credentials.cert}" if credentials else "a client without a certificate"
     if "authorization violation" in lower:
         return f"{text}: NATS has no user for {who}: add it with `silkbus nats-config`, and reload the servers"
+    refused = f"NATS refuses {who}: it must be signed by the servers' authority, for clients, and be valid now"
     if "alert" in lower or isinstance(error, ssl.SSLEOFError):
-        return f"{text}: NATS refuses {who}: it must be signed by the servers' authority, for clients, and be valid now"
+        return f"{text}: {refused}"
+    if credentials and isinstance(error, BrokenPipeError | ConnectionResetError):
+        # In TLS 1.3 the client has begun to send when it is refused, and may learn of the end before the reason.
+        return f"{text}: the server hung up; if it does so each time, {refused}"
     if isinstance(error, ssl.SSLCertVerificationError):
         if credentials is None:
             return f"{text}: NATS wants TLS: set nats_ca, nats_cert and nats_key to what `silkbus nats-config` wrote"
