@@ -18,8 +18,9 @@ import logging
 import re
 import socket
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 from databases import Database, DatabaseURL
@@ -37,6 +38,8 @@ ROLLBACK_TIMEOUT = 5.0
 IDLE_TRANSACTION_SECONDS = 30
 
 Query = ClauseElement | str
+_PARAMETER = re.compile(r"(?<![:\w\\]):(\w+)(?!:)")
+"""A named parameter, as SQLAlchemy's text() sees one."""
 
 _WRITE = {
     "sqlite": "BEGIN IMMEDIATE",
@@ -62,11 +65,16 @@ class _SqliteConnection(sqlite3.Connection):
 
 
 class _LimitedConnection(Connection):
-    """A connection that is given up when it is not there, or does not answer, in time."""
+    """A connection that is given up when it is not there, or does not answer, in time.
+
+    To PostgreSQL, SQL given as text goes straight: `databases` would have SQLAlchemy take it apart and put it together
+    again each time, which takes as long as the server does. What is found is read in the same way, by column.
+    """
 
     def __init__(self, database: "LimitedDatabase", backend: DatabaseBackend) -> None:
         super().__init__(database, backend)
         self._limits = database.limits
+        self._numbers = database.url.dialect == "postgresql"
 
     async def __aenter__(self) -> "Connection":
         seconds = self._limits.connect_timeout if self._limits else None
@@ -90,18 +98,32 @@ class _LimitedConnection(Connection):
 
     async def fetch_all(self, query: Query, values: dict[str, Any] | None = None) -> list[Record]:
         async with self._limit():
+            if self._numbers and isinstance(query, str):
+                text, arguments = numbered(query, values)
+                async with self._query_lock:
+                    found: list[Record] = await self.raw_connection.fetch(text, *arguments)
+                    return found
             return await super().fetch_all(query, values)
 
     async def fetch_one(self, query: Query, values: dict[str, Any] | None = None) -> Record | None:
         async with self._limit():
+            if self._numbers and isinstance(query, str):
+                text, arguments = numbered(query, values)
+                async with self._query_lock:
+                    found: Record | None = await self.raw_connection.fetchrow(text, *arguments)
+                    return found
             return await super().fetch_one(query, values)
 
     async def fetch_val(self, query: Query, values: dict[str, Any] | None = None, column: Any = 0) -> Any:
-        async with self._limit():
-            return await super().fetch_val(query, values, column)
+        row = await self.fetch_one(query, values)
+        return None if row is None else row[column]
 
     async def execute(self, query: Query, values: dict[str, Any] | None = None) -> Any:
         async with self._limit():
+            if self._numbers and isinstance(query, str):
+                text, arguments = numbered(query, values)
+                async with self._query_lock:
+                    return await self.raw_connection.fetchval(text, *arguments)
             return await super().execute(query, values)
 
     @asynccontextmanager
@@ -116,6 +138,19 @@ class _LimitedConnection(Connection):
         except TimeoutError:
             close(self)
             raise TimeoutError(f"the database has not answered a statement within {seconds:g} s") from None
+
+
+def numbered(query: str, values: Mapping[str, Any] | None) -> tuple[str, list[Any]]:
+    """The query with PostgreSQL's parameters, $1, $2…, in place of `:name`, and their values."""
+    text, names = _numbered(query)
+    return text, [(values or {})[name] for name in names]
+
+
+@lru_cache(maxsize=1000)
+def _numbered(query: str) -> tuple[str, tuple[str, ...]]:
+    names: dict[str, int] = {}
+    text = _PARAMETER.sub(lambda found: f"${names.setdefault(found[1], len(names) + 1)}", query)
+    return text, tuple(names)
 
 
 class LimitedDatabase(Database):

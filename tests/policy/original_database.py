@@ -110,5 +110,5 @@ class OriginalDatabase:
         found = []
         for table in tables:
             rows = await self.database.fetch_all(self.quoted(f"SELECT * FROM {table} ORDER BY 1"))  # noqa: S608
-            found.append([tuple(row._mapping.values()) for row in rows])
+            found.append([tuple(dict(row).values()) for row in rows])
         return found
