@@ -25,6 +25,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bus.decode import Fields, Malformed
@@ -165,7 +166,9 @@ class _PrivateProtocol(H11Protocol):
         super().connection_made(transport)
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, without its handling of signals. One made of it may accept connections in its own way."""
+
     @contextmanager
     def capture_signals(self) -> Any:
         """Signals are the process's business (bus.process), not each server's."""
@@ -174,11 +177,12 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serving(
-    app: Starlette,
+    app: ASGIApp,
     listener: socket.socket,
     *,
     protocol: type[asyncio.Protocol] = H11Protocol,
     tls: ssl.SSLContext | None = None,
+    server: type[HttpServer] = HttpServer,
     stop_timeout: int = STOP_TIMEOUT,
 ) -> AsyncIterator[None]:
     """Serve `app` on a bound socket while inside; on leaving, finish what was begun (at most `stop_timeout` seconds).
@@ -197,18 +201,18 @@ async def serving(
     )
     config.load()
     config.ssl = tls
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
+    running = server(config)
+    task = asyncio.create_task(running.serve(sockets=[listener]))
     try:
         async with asyncio.timeout(START_TIMEOUT):
-            while not server.started:
+            while not running.started:
                 if task.done():
                     task.result()
                     raise RuntimeError("the HTTP server ended while starting")
                 await asyncio.sleep(0.005)
         yield
     finally:
-        server.should_exit = True
+        running.should_exit = True
         await task
 
 

@@ -20,6 +20,7 @@ from bus.log import about
 from bus.messages import AppId, Policy, Ports, Protocol, Revision, Tag, policy_key, tag_key
 from bus.tables import Key
 from services.policy import rows
+from services.policy.leadership import Fence
 from services.policy.rows import APPS, chunks
 from services.policy.tag_pool import TagPool
 
@@ -57,10 +58,14 @@ class QuotaExceeded(Exception):
     """A source app would have more policies than it may."""
 
 
+class OtherType(Exception):
+    """The group has a tag of another type. The text says which."""
+
+
 class Store:
     """The policies. `committed` is told of each change once it is durable, and must not block."""
 
-    def __init__(self, ledger: Ledger, tag_pool: TagPool, committed: Callable[[Outcome[None]], None]) -> None:
+    def __init__(self, ledger: Ledger, tag_pool: TagPool, committed: Callable[[Outcome[Any]], None]) -> None:
         self._ledger = ledger
         self._tags = tag_pool
         self._committed = committed
@@ -80,11 +85,23 @@ class Store:
 
         return await self._change("created-policies", work, requested, actor, request_id)
 
-    async def delete(self, unwanted: Iterable[Policy], *, actor: str, request_id: str | None = None) -> Revision:
-        """Remove the policies that are there, all or none; the revision that lacks them. Raises as the database."""
+    async def delete(
+        self,
+        unwanted: Iterable[Policy],
+        *,
+        actor: str,
+        request_id: str | None = None,
+        fence: Fence | None = None,
+    ) -> Revision:
+        """Remove the policies that are there, all or none; the revision that lacks them.
+
+        Raises what `fence` raises, or what the database raises.
+        """
         requested = list(dict.fromkeys(unwanted))
 
         async def work(change: Change) -> None:
+            if fence is not None:
+                await fence(change.database)
             await self._delete(change, requested)
 
         return await self._change("deleted-policies", work, requested, actor, request_id)
@@ -107,6 +124,34 @@ class Store:
             return [(AppId(row["app"]), Tag(row["tag"]), row["type"]) for row in found]
 
         return await self._ledger.read(read)
+
+    async def tag(self, app: AppId, kind: str, *, actor: str) -> Tag:
+        """The tag of a group that has one without being in any policy, as the router; given to it if it had none.
+
+        Raises OtherType, TagsExhausted, or what the database raises.
+        """
+
+        async def work(change: Change) -> Tag:
+            if (known := await _tag(change.database, app, kind)) is not None:
+                return known
+            taken = (await self._tags.take(change.database, [app]))[app]
+            values = {"type": kind, "tag": taken}
+            await change.database.execute("UPDATE silkbus_tags SET type = :type WHERE tag = :tag", values)
+            change.put(tag_key(app), taken)
+            await _note(change, [app])
+            return taken
+
+        async def read(database: DatabaseConnection) -> Tag | None:
+            return await _tag(database, app, kind)
+
+        if (known := await self._ledger.read(read)) is not None:
+            return known
+        outcome = await self._ledger.change(work, actor=actor)
+        if outcome.changed:
+            self._committed(outcome)
+            log.info("gave-tag", extra=about(app=app, type=kind, tag=outcome.result, revision=outcome.revision))
+        assert outcome.result is not None  # noqa: S101 (for the type checker: only another's request id has none)
+        return outcome.result
 
     async def check(self) -> None:
         """Raises what the database raises when it does not answer."""
@@ -177,10 +222,10 @@ async def select(database: DatabaseConnection, wanted: Filter) -> list[Policy]:
     """The policies that match, in the order in which they were added."""
     of_sources = "SELECT p.* FROM {rows} {then} silkbus_policies p ON p.source = item.app"
     of_destinations = "SELECT p.* FROM {rows} {then} silkbus_policies p ON p.destination = item.app"
+    found: list[Any] = []
     if wanted.either is None and wanted.sources is None and wanted.destinations is None:
-        found = await database.fetch_all("SELECT * FROM silkbus_policies")
+        found = await _all(database)
     else:
-        found = []
         for apps, queries in (
             (wanted.either, (of_sources, of_destinations)),
             (wanted.sources, (of_sources,)),
@@ -197,6 +242,15 @@ async def select(database: DatabaseConnection, wanted: Filter) -> list[Policy]:
     return [by_id[number] for number in sorted(by_id)]
 
 
+async def _all(database: DatabaseConnection) -> list[Any]:
+    """All rows, a part at a time: the drivers do nothing else while they unpack an answer."""
+    found: list[Any] = []
+    query = "SELECT * FROM silkbus_policies WHERE id > :last ORDER BY id LIMIT 2000"
+    while part := await database.fetch_all(query, {"last": found[-1]["id"] if found else 0}):
+        found += part
+    return found
+
+
 async def _present(database: DatabaseConnection, requested: Iterable[Policy]) -> dict[Policy, int]:
     """Every policy between the pairs of the requested ones, with its row's id."""
     query = (
@@ -204,7 +258,11 @@ async def _present(database: DatabaseConnection, requested: Iterable[Policy]) ->
         " ON p.source = item.source AND p.destination = item.destination"
     )
     found = await rows.select(database, query, (("source", str), ("destination", str)), _by_pair(requested))
-    return {_policy(row): row["id"] for row in found}
+    present: dict[Policy, int] = {}
+    for chunk in chunks(found):
+        present.update((_policy(row), row["id"]) for row in chunk)
+        await asyncio.sleep(0)
+    return present
 
 
 async def _insert(database: DatabaseConnection, new: Iterable[Policy]) -> None:
@@ -254,6 +312,18 @@ async def _check_quota(database: DatabaseConnection, new: Iterable[Policy], quot
     for source in added:
         if present.get(source, 0) + added[source] > quota:
             raise QuotaExceeded(f"{source} would have {present.get(source, 0) + added[source]} of {quota} policies")
+
+
+async def _tag(database: DatabaseConnection, app: AppId, kind: str) -> Tag | None:
+    """The tag that the group has with this type, None if it has none. Raises OtherType."""
+    row = await database.fetch_one(
+        "SELECT tag, type FROM silkbus_tags WHERE app = :app AND freed_at IS NULL", {"app": app}
+    )
+    if row is None:
+        return None
+    if row["type"] != kind:
+        raise OtherType(f"group {app!r} has a tag of type {row['type']!r}, not {kind!r}")
+    return Tag(row["tag"])
 
 
 async def _used(database: DatabaseConnection, apps: Iterable[AppId]) -> set[AppId]:
