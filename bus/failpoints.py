@@ -14,6 +14,7 @@ POINTS = {
     "policy.before-commit": "a policy change is written but not committed",
     "policy.after-commit": "a policy change is committed, nothing published, the client not answered",
     "policy.after-publish": "a policy change is published, the client not answered",
+    "policy.groups.before-commit": "a change of security groups is written but not committed",
     "silk.lease.after-commit": "a lease is committed, nothing published, the cell not answered",
     "silk.attach.after-address": "an address is chosen, no link made",
     "silk.attach.after-link": "the container's link exists, its addresses do not",

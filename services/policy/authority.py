@@ -68,7 +68,7 @@ class AuthoritySettings(CentralSettings):
         if self.auth == "uaa-keys" and not self.uaa_audiences:
             raise Malformed("uaa_audiences: must not be empty, or tokens meant for others would do")
         for name, url in (("uaa_url", self.uaa_address), ("cc_url", self.cc_url)):
-            if url and not _usable(url):
+            if url and not usable(url):
                 raise Malformed(f"{name}: {url!r} is not an address such as https://uaa.service.cf.internal:8443")
         for name in ("token_cache", "cc_cache"):
             if not 0 <= getattr(self, name) <= 60:
@@ -84,6 +84,15 @@ class AuthoritySettings(CentralSettings):
             return self.uaa_url
         return f"{self.uaa_url.rstrip('/')}:{self.uaa_port}"
 
+    @property
+    def uaa_login(self) -> tuple[str, str]:
+        return self.uaa_client, self.uaa_client_secret
+
+    @property
+    def authorities(self) -> list[Path]:
+        """The files of the authorities that UAA and the Cloud Controller are trusted by."""
+        return [file for file in (self.uaa_ca, self.cc_ca_cert) if file is not None]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Authority:
@@ -98,15 +107,14 @@ class Authority:
 async def open_authority(settings: AuthoritySettings) -> AsyncIterator[Authority]:
     """Who checks tokens and access while inside. Raises Malformed for files that cannot be used."""
     async with AsyncExitStack() as stack:
-        files = [file for file in (settings.uaa_ca, settings.cc_ca_cert) if file is not None]
-        trusted = trust(files, skip_validation=settings.skip_ssl_validation)
+        trusted = trust(settings.authorities, skip_validation=settings.skip_ssl_validation)
 
         def remote(name: str, url: str) -> Remote:
             made = Remote(name, url, trusted)
             stack.push_async_callback(made.close)
             return made
 
-        login = (settings.uaa_client, settings.uaa_client_secret)
+        login = settings.uaa_login
         uaa = remote("UAA", settings.uaa_address)
         spaces: Spaces | None = None
         if settings.cc_url:
@@ -131,7 +139,8 @@ async def open_authority(settings: AuthoritySettings) -> AsyncIterator[Authority
             raise AssertionError("AuthoritySettings sees to it that there is a token file")
 
 
-def _usable(address: str) -> bool:
+def usable(address: str) -> bool:
+    """Whether it can be asked by HTTP."""
     try:
         url = httpx.URL(address)
     except httpx.InvalidURL:

@@ -2,8 +2,7 @@
 
 `GET /v3/apps` and `GET /v3/roles` (since CC API 3.77), with the token of our own client, which may read everything; so
 what comes back is compared with what was asked for, lest a filter that was not understood give somebody everybody's
-spaces. Pages are asked for by number: the links to the next page name the public address, where our token has no
-business.
+spaces.
 
 Answers are remembered for seconds. An app not found or a role not had is asked for again, so that an app pushed or a
 role given a moment ago counts at once, while one taken away counts that much later.
@@ -15,11 +14,12 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TypeVar
 
-from bus.decode import Fields, Malformed
+from bus.decode import Fields
 from bus.messages import AppId
 from services.policy.access import Space
+from services.policy.cc_api import Api
 from services.policy.recent import Recent
-from services.policy.remote import Answer, Remote
+from services.policy.remote import Remote
 from services.policy.rows import chunks
 from services.policy.uaa import OwnToken
 
@@ -32,7 +32,6 @@ MANY = 10 * CHUNK
 """For lists with more apps than these it is cheaper to ask which apps the user's own spaces have."""
 AT_ONCE = 4
 PER_PAGE = 500
-MAX_PAGES = 1000
 REMEMBERED = 100_000
 _GUID = re.compile(r"[0-9A-Za-z_.~-]{1,64}")
 """What an id must look like to be asked for. Commas part the ids in a query, so one in an id would make it two."""
@@ -42,8 +41,7 @@ class CloudController:
     """What the Cloud Controller knows, as `services.policy.access.Spaces`. Answers are used for `remember` seconds."""
 
     def __init__(self, remote: Remote, token: OwnToken, *, remember: float) -> None:
-        self._remote = remote
-        self._token = token
+        self._api = Api(remote, token)
         self._apps: Recent[AppId, Space] = Recent(remember, most=REMEMBERED)
         self._roles: Recent[tuple[str, Space], bool] = Recent(remember, most=REMEMBERED)
         self._own: Recent[str, AbstractSet[Space]] = Recent(remember, most=REMEMBERED // 100)
@@ -82,10 +80,22 @@ class CloudController:
         mine = {app for some in await _in_chunks(sorted(own), self._ask_apps_in) for app in some}
         return mine & set(apps)
 
+    async def existing(self, apps: Collection[AppId]) -> AbstractSet[AppId]:
+        """Which of these apps exist. Raises Unavailable also for a list that is not whole, or of other apps."""
+        asked = [app for app in apps if _GUID.fullmatch(app)]
+        return {app for some in await _in_chunks(asked, self._ask_existing) for app in some}
+
+    async def _ask_existing(self, apps: Sequence[AppId]) -> set[AppId]:
+        query = {"guids": ",".join(apps), "per_page": str(len(apps))}
+        found = {app for app, _ in await self._api.resources("/v3/apps", query, _app, whole=True)}
+        if not found <= set(apps):
+            raise self._api.remote.unavailable("lists apps that were not asked for", "/v3/apps")
+        return found
+
     async def _ask_apps(self, apps: Sequence[AppId]) -> dict[AppId, Space]:
         query = {"guids": ",".join(apps), "per_page": str(len(apps))}
         wanted = set(apps)
-        found = {app: space for app, space in await self._list("/v3/apps", query, _app) if app in wanted}
+        found = {app: space for app, space in await self._api.resources("/v3/apps", query, _app) if app in wanted}
         for app, space in found.items():
             self._apps.put(app, space)
         return found
@@ -93,52 +103,15 @@ class CloudController:
     async def _ask_apps_in(self, spaces: Sequence[Space]) -> set[AppId]:
         query = {"space_guids": ",".join(spaces), "per_page": str(PER_PAGE)}
         wanted = set(spaces)
-        return {app for app, space in await self._list("/v3/apps", query, _app) if space in wanted}
+        return {app for app, space in await self._api.resources("/v3/apps", query, _app) if space in wanted}
 
     async def _ask_roles(self, subject: str, spaces: Sequence[Space] = ()) -> set[Space]:
         """The spaces that this user develops: all, or at least those of `spaces`."""
         query = {"types": "space_developer", "user_guids": subject, "per_page": str(PER_PAGE)}
         if spaces:
             query["space_guids"] = ",".join(spaces)
-        roles = await self._list("/v3/roles", query, _role)
+        roles = await self._api.resources("/v3/roles", query, _role)
         return {space for kind, user, space in roles if kind == "space_developer" and user == subject}
-
-    async def _list(self, path: str, query: Mapping[str, str], read: Callable[[Fields], T]) -> list[T]:
-        """What `read` makes of the resources on all pages of a list."""
-        found: list[T] = []
-        page, pages = 1, 1
-        while page <= pages:
-            answer = await self._get(path, {**query, "page": str(page)} if page > 1 else query)
-            try:
-                fields = Fields(self._remote.read(answer, path), path)
-                if "pagination" in fields:
-                    pagination = Fields(fields.mapping("pagination"), f"{path}: pagination")
-                    pages = pagination.integer("total_pages", high=MAX_PAGES)
-                found += [read(Fields(item, f"{path}: resource")) for item in fields.items("resources")]
-            except Malformed as error:
-                raise self._remote.malformed(error, path) from None
-            page += 1
-        return found
-
-    async def _get(self, path: str, query: Mapping[str, str]) -> Answer:
-        for _ in range(2):
-            token = await self._token.get()
-            answer = await self._remote.ask("GET", path, query=query, token=token)
-            if answer.status != 401:
-                break
-            self._token.refused(token)
-        if answer.status in (401, 403):
-            raise self._remote.unavailable(
-                "does not accept this server's token; the client uaa_client needs the authority "
-                "cloud_controller.admin_read_only",
-                path,
-                answer.body,
-            )
-        if answer.status == 404:
-            raise self._remote.unavailable(
-                f"has no {path}: cc_url must lead to one with API 3.77 or later", path, answer.body
-            )
-        return answer
 
 
 async def _in_chunks(items: Sequence[K], ask: Callable[[Sequence[K]], Awaitable[T]]) -> list[T]:

@@ -20,6 +20,7 @@ from bus.log import about
 from bus.messages import Policy, Revision
 from services.policy import history_http, openapi, wire_v0, wire_v1
 from services.policy.access import Access, is_admin
+from services.policy.cleanup import Refused
 from services.policy.cors import Origins
 from services.policy.endpoint import ApiError, Call, Endpoints, Operation, answering
 from services.policy.history import History, NoSuchRevision, TooFarBack
@@ -27,6 +28,7 @@ from services.policy.identity import ADMIN, WRITE, Authenticator, Unavailable
 from services.policy.listing import Listing
 from services.policy.store import Filter, QuotaExceeded, Store
 from services.policy.tag_pool import TagsExhausted
+from services.policy.upkeep import Upkeep
 from services.policy.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,10 @@ class Options:
 
 
 class Gateway:
-    """The handlers. `bus_connected` says whether changes are published as they are made."""
+    """The handlers. `bus_connected` says whether changes are published as they are made.
+
+    Without `upkeep` there is no Cloud Controller that knows which apps are gone.
+    """
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class Gateway:
         options: Options,
         *,
         bus_connected: Callable[[], bool],
+        upkeep: Upkeep | None = None,
     ) -> None:
         self._store = store
         self._listing = listing
@@ -77,6 +83,7 @@ class Gateway:
         self._access = access
         self._options = options
         self._bus_connected = bus_connected
+        self._upkeep = upkeep
         self._process = Health()
         self._started = time.monotonic_ns()
         self._endpoints = Endpoints(
@@ -99,6 +106,7 @@ class Gateway:
                     GET=Operation("PoliciesIndex", self._index, (ADMIN, WRITE)),
                 ),
                 route(f"{external}/policies/delete", POST=Operation("DeletePolicies", self._delete, (ADMIN, WRITE))),
+                route(f"{external}/policies/cleanup", POST=Operation("Cleanup", self._cleanup, (ADMIN,))),
                 route(f"{external}/history", GET=Operation("History", self._changes, (ADMIN,))),
                 route(f"{external}/tags", GET=Operation("TagsIndex", self._tags, (ADMIN,))),
                 route("/openapi.json", GET=Operation("OpenAPI", self._openapi)),
@@ -137,6 +145,8 @@ class Gateway:
         problem = await self._database_problem()
         bus = "ok" if self._bus_connected() else "away; changes are accepted and published once it is back"
         text = f"database: {problem or 'ok'}\nbus: {bus}\n"
+        if self._upkeep is not None:
+            text += f"upkeep: {self._upkeep.state()}\n"
         return PlainTextResponse(text, status_code=200 if problem is None else 503)
 
     async def _metrics(self, request: Request) -> Response:
@@ -168,6 +178,20 @@ class Gateway:
         with _storing("database delete failed", call):
             revision = await self._store.delete(policies, actor=call.identity.user, request_id=call.request_id)
         return _changed(revision)
+
+    async def _cleanup(self, call: Call) -> Response:
+        failed = "policies cleanup failed"
+        if self._upkeep is None:
+            raise ApiError(501, f"{failed}: no Cloud Controller can be asked which apps are gone; set cc_url")
+        force = call.request.query_params.get("force") == "true"
+        with _storing(failed, call):
+            try:
+                gone = await self._upkeep.cleaner.clean(
+                    actor=call.identity.user, request_id=call.request_id, force=force
+                )
+            except Refused as error:
+                raise ApiError(409, f"{failed}: {error}") from None
+        return Response(wire_v1.encode(gone), media_type="application/json")
 
     async def _index(self, call: Call) -> Response:
         wanted = _filter(call.request)

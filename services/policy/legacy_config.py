@@ -121,6 +121,7 @@ def _service(content: Object) -> dict[str, str]:
         "SILKBUS_LOG_LEVEL": _LEVELS[level],
         "SILKBUS_TAG_LENGTH": str(get_integer(content, "tag_length", "config")),
         "SILKBUS_MAX_POLICIES": str(get_integer(content, "max_policies", "config")),
+        "SILKBUS_CLEANUP_INTERVAL": str(get_integer(content, "cleanup_interval", "config")),
         "SILKBUS_ALLOWED_CORS_DOMAINS": ",".join(get_texts(content, "allowed_cors_domains", "config")),
     }
     if get_flag(content, "enable_tls", "config"):

@@ -15,7 +15,7 @@ from bus.database import open_database
 from bus.database_options import DatabaseOptions
 from bus.decode import Malformed
 from bus.ledger import Ledger, SchemaTooNew
-from bus.tables import POLICIES
+from bus.tables import POLICIES, SECURITY_GROUPS
 from services.policy.schema import MIGRATIONS
 
 PATIENCE = 5.0
@@ -38,9 +38,15 @@ async def open_ledger(url: str, options: DatabaseOptions, *, migrate: bool = Tru
             ledger = Ledger(database, POLICIES.name, patience=PATIENCE)
             if migrate:
                 await ledger.migrate(MIGRATIONS)
+                await security_groups_ledger(ledger).migrate(MIGRATIONS)
         except Exception as error:
             raise CannotOpen(f"database {DatabaseURL(url).obscure_password}: {reason(error)}") from error
         yield ledger
+
+
+def security_groups_ledger(policies: Ledger) -> Ledger:
+    """The ledger of the `security_groups` table in the same database."""
+    return Ledger(policies.database, SECURITY_GROUPS.name, patience=PATIENCE)
 
 
 async def pending(url: str, options: DatabaseOptions) -> list[str]:

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 TRIES = 2
 CONNECT_SECONDS = 2.0
 TRY_SECONDS = 4.0
-TOTAL_SECONDS = 6.0
 PAUSE = 0.2
 MAX_PAUSE = 2.0
 """A server that wants to be left alone for longer, by Retry-After, is not tried again."""
@@ -53,17 +52,22 @@ class _Failed(Exception):
 
 
 class Remote:
-    """One component at `url`, which everything asked is relative to. `name` is what people call it."""
+    """One component at `url`, which everything asked is relative to. `name` is what people call it.
 
-    def __init__(self, name: str, url: str, trust: ssl.SSLContext) -> None:
+    A try takes `try_seconds` at most, and both together half as much again.
+    """
+
+    def __init__(self, name: str, url: str, trust: ssl.SSLContext, *, try_seconds: float = TRY_SECONDS) -> None:
         self.name = name
+        self._try_seconds = try_seconds
+        self._total_seconds = 1.5 * try_seconds
         self._url = url.rstrip("/")
         # A client each, so that one component that hangs does not take the other's connections.
         self._client = httpx.AsyncClient(
             verify=trust,
             trust_env=False,
             follow_redirects=False,
-            timeout=httpx.Timeout(TRY_SECONDS, connect=CONNECT_SECONDS),
+            timeout=httpx.Timeout(try_seconds, connect=CONNECT_SECONDS),
             headers={"Accept": "application/json"},
         )
 
@@ -93,14 +97,14 @@ class Remote:
         )
         auth = None if login is None else httpx.BasicAuth(*login)
         try:
-            async with asyncio.timeout(TOTAL_SECONDS):
+            async with asyncio.timeout(self._total_seconds):
                 async for attempt in self._retrying(path):
                     with attempt:
                         return await self._try(request, auth)
         except _Failed as error:
             raise self.unavailable(str(error), path) from None
         except TimeoutError:
-            raise self.unavailable(f"did not answer within {TOTAL_SECONDS:g} s", path) from None
+            raise self.unavailable(f"did not answer within {self._total_seconds:g} s", path) from None
         raise AssertionError("retrying ends by returning or raising")
 
     def read(self, answer: Answer, where: str) -> dict[str, Any]:
@@ -131,7 +135,7 @@ class Remote:
         started = loop.time()
         outcome = "none"
         try:
-            async with asyncio.timeout(TRY_SECONDS):
+            async with asyncio.timeout(self._try_seconds):
                 response = await self._client.send(request, auth=auth, stream=True)
                 try:
                     outcome = str(response.status_code)
@@ -139,7 +143,7 @@ class Remote:
                 finally:
                     await response.aclose()
         except (TimeoutError, httpx.TimeoutException):
-            raise _Failed(f"did not answer within {TRY_SECONDS:g} s") from None
+            raise _Failed(f"did not answer within {self._try_seconds:g} s") from None
         except httpx.HTTPError as error:
             log.warning("cannot reach %s", self.name, extra=about(url=str(request.url)[:200], error=repr(error)))
             raise _Failed("cannot be reached") from None
@@ -215,3 +219,11 @@ def trust(authorities: Sequence[Path], *, skip_validation: bool) -> ssl.SSLConte
         files = ", ".join(str(file) for file in authorities)
         raise Malformed(f"CA file {files}: holds no certificates in PEM form: {error}") from None
     return context
+
+
+def present(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Show this certificate to those who ask for one. Raises Malformed."""
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:  # ssl.SSLError is one, too
+        raise Malformed(f"client certificate {certificate}, key {key}: cannot be used: {error}") from None

@@ -71,6 +71,16 @@ security_groups = Table(
     **_EXACT,
 )
 
+leader = Table(
+    "silkbus_leader",
+    metadata,
+    Column("duty", String(64), primary_key=True),
+    Column("holder", String(32), nullable=False),
+    Column("term", BigInteger, nullable=False),
+    Column("expires_at_ms", BigInteger, nullable=False),  # by the database's clock
+    **_EXACT,
+)
+
 MIGRATIONS: Sequence[Step] = (
     (
         "policy-1",
@@ -85,4 +95,8 @@ MIGRATIONS: Sequence[Step] = (
         ),
     ),
     ("policy-2", (security_groups,)),
+    (
+        "policy-3",
+        (leader, "INSERT INTO silkbus_leader (duty, holder, term, expires_at_ms) VALUES ('upkeep', '', 0, 0)"),
+    ),
 )

@@ -23,17 +23,19 @@ from bus.local import serving
 from bus.log import about, setup
 from bus.process import run
 from bus.settings import SettingsError, command_line, load, refuse
-from bus.tables import POLICIES, Publisher
-from services.policy import debug, legacy_config
+from bus.tables import POLICIES, SECURITY_GROUPS, Publisher
+from services.policy import debug, legacy_config, security_groups
 from services.policy.authority import open_authority
 from services.policy.gateway import Gateway
 from services.policy.history import History
 from services.policy.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
 from services.policy.listing import Listing
-from services.policy.migrate import CannotOpen, open_ledger
+from services.policy.migrate import CannotOpen, open_ledger, security_groups_ledger
+from services.policy.security_groups import SecurityGroups
 from services.policy.settings import PolicySettings
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
+from services.policy.upkeep import Upkeep, open_sources
 
 PROGRAM = "silkbus-policy-server"
 
@@ -75,6 +77,7 @@ async def serve(settings: PolicySettings) -> None:
         async with (
             _debugging(settings.debug_listen),
             open_authority(settings) as authority,
+            open_sources(settings) as sources,
             open_ledger(settings.database, settings.database_options) as ledger,
             connect(
                 settings.nats, role="policy-server", name=_instance(), credentials=settings.nats_credentials
@@ -83,7 +86,10 @@ async def serve(settings: PolicySettings) -> None:
         ):
             publisher = Publisher(connection, ledger, POLICIES, entries)
             relay = Relay(connection, ledger, readers=settings.event_readers, replicas=settings.event_replicas)
+            groups_ledger = security_groups_ledger(ledger)
+            groups_publisher = Publisher(connection, groups_ledger, SECURITY_GROUPS, security_groups.entries)
             tasks.create_task(publisher.run())
+            tasks.create_task(groups_publisher.run())
             tasks.create_task(relay.run())
             if authority.run is not None:
                 tasks.create_task(authority.run())
@@ -93,14 +99,21 @@ async def serve(settings: PolicySettings) -> None:
                 relay.wake()
 
             pool = TagPool(rest=settings.max_stale + REST_MARGIN, clock=time.time)
+            store = Store(ledger, pool, committed)
+            upkeep = None
+            if sources is not None:
+                groups = SecurityGroups(groups_ledger, groups_publisher.committed)
+                upkeep = Upkeep(ledger.database, sources, groups, store, settings)
+                tasks.create_task(upkeep.run())
             gateway = Gateway(
-                Store(ledger, pool, committed),
+                store,
                 Listing(ledger),
                 History(ledger),
                 authority.authenticator,
                 authority.access,
                 settings.gateway_options,
                 bus_connected=lambda: connection.connected,
+                upkeep=upkeep,
             )
             async with serving(
                 gateway.application(), listener, protocol=BoundedProtocol, tls=tls, stop_timeout=STOP_SECONDS

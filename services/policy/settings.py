@@ -6,14 +6,14 @@ from pathlib import Path
 
 from bus.decode import Malformed
 from bus.settings import setting
-from services.policy.authority import AuthoritySettings
 from services.policy.cors import Origins
 from services.policy.gateway import Options
 from services.policy.listener import ADDRESS, server_tls
+from services.policy.upkeep_settings import UpkeepSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySettings(AuthoritySettings):
+class PolicySettings(UpkeepSettings):
     """Settings of the policy server."""
 
     database: str = setting("SQL database, as a URL", "sqlite:///policy.db")
@@ -28,7 +28,7 @@ class PolicySettings(AuthoritySettings):
 
     def __post_init__(self) -> None:
         # Named, since a dataclass with slots is made anew and has not the class that super() would look for.
-        AuthoritySettings.__post_init__(self)
+        UpkeepSettings.__post_init__(self)
         if not ADDRESS.fullmatch(self.listen):
             raise Malformed(f"listen: {self.listen!r} is neither HOST:PORT nor fd:N")
         if self.debug_listen and not ADDRESS.fullmatch(self.debug_listen):

@@ -19,7 +19,7 @@ from nats.aio.msg import Msg
 from bus import subjects
 from bus.connection import connect
 from bus.messages import CellName
-from bus.tables import LEASES, POLICIES, Replica, Table
+from bus.tables import LEASES, POLICIES, SECURITY_GROUPS, Replica, Table
 from services.policy.server import PolicySettings, serve
 from services.silk.client import LeaseClient, LeaseDenied, LeaseLost
 from services.silk.controller import control
@@ -29,6 +29,7 @@ from tests.bus.tables import cancel, eventually
 from tests.nats_server import NatsServer, free_port
 from tests.policy.server import ADMIN_TOKEN, DELETE, TOKENS, body, policy
 from tests.policy.server import POLICIES as POLICIES_PATH
+from tests.policy.stubs import LOGIN, CloudControllerStub, Uaa, rule, security_group
 
 CHANNELS = asyncapi.channels()
 OVERLAY = IPv4Network("10.255.0.0/22")
@@ -41,6 +42,21 @@ def bus(tmp_path: Path) -> Iterator[NatsServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def cloud_controller() -> Iterator[CloudControllerStub]:
+    uaa = Uaa()
+    uaa.start()
+    stub = CloudControllerStub(uaa)
+    stub.groups = {
+        "g": security_group("g", rule(), rule("icmp", type=8, code=-1, log=True), rule("all", description="more")),
+        "h": security_group("h", running=True, running_spaces=["s1", "s2"], staging_spaces=["s1"]),
+    }
+    stub.start()
+    yield stub
+    stub.stop()
+    uaa.stop()
 
 
 @asynccontextmanager
@@ -114,12 +130,21 @@ async def follow(bus: NatsServer, table: Table[Any]) -> None:
         await Replica(connection, table).run()
 
 
-async def test_what_is_sent_is_what_is_documented(bus: NatsServer, tmp_path: Path) -> None:
+async def test_what_is_sent_is_what_is_documented(
+    bus: NatsServer, cloud_controller: CloudControllerStub, tmp_path: Path
+) -> None:
     tokens = tmp_path / "tokens.json"
     tokens.write_text(json.dumps(TOKENS))
     port = free_port()
     policies = PolicySettings(
-        nats=bus.url, database=f"sqlite:///{tmp_path}/p.db", listen=f"127.0.0.1:{port}", tokens=tokens
+        nats=bus.url,
+        database=f"sqlite:///{tmp_path}/p.db",
+        listen=f"127.0.0.1:{port}",
+        tokens=tokens,
+        uaa_url=cloud_controller.uaa.url,
+        uaa_client=LOGIN[0],
+        uaa_client_secret=LOGIN[1],
+        cc_url=cloud_controller.url,
     )
     leases = ControllerSettings(
         nats=bus.url,
@@ -129,13 +154,15 @@ async def test_what_is_sent_is_what_is_documented(bus: NatsServer, tmp_path: Pat
         run_dir=tmp_path,
     )
     async with recording(bus) as heard, running(serve(policies), control(leases)):
-        async with running(follow(bus, POLICIES), follow(bus, LEASES)):
+        async with running(*(follow(bus, table) for table in (POLICIES, LEASES, SECURITY_GROUPS))):
             await use_policies(f"http://127.0.0.1:{port}")
             await use_leases(bus)
             wanted = {name for name, channel in CHANNELS.items() if channel.pattern}
             await eventually(lambda: {channel_of(message).name for message in of_silkbus(heard)} >= wanted)
             await asyncio.sleep(1)
-        async with running(follow(bus, POLICIES), follow(bus, LEASES)):  # late ones: whole tables
+        async with running(
+            *(follow(bus, table) for table in (POLICIES, LEASES, SECURITY_GROUPS))
+        ):  # late ones: whole tables
             await asyncio.sleep(1)
     seen = check(heard)
     missing = {(name, message) for name, channel in CHANNELS.items() for message in channel.messages} - seen

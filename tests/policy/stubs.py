@@ -9,7 +9,7 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -167,17 +167,24 @@ class Uaa(Stub):
 
 
 class CloudControllerStub(Stub):
-    """`apps` tells the space of each app, `developers` the spaces of each user. At most `per_page` on a page."""
+    """`apps` tells the space of each app, `developers` the spaces of each user. At most `per_page` on a page.
+
+    `groups` are the security groups as it lists them; `last_update` is when they changed, None if it does not tell.
+    `during`, if set, is called for each page of them, before it is made.
+    """
 
     def __init__(self, uaa: Uaa, tls: tuple[Path, Path] | None = None) -> None:
         super().__init__(tls)
-        self._uaa = uaa
+        self.uaa = uaa
         self.apps: dict[str, str] = {}
         self.developers: dict[str, set[str]] = {}
         self.per_page = 5000
+        self.groups: dict[str, dict[str, Any]] = {}
+        self.last_update: str | None = None
+        self.during: Callable[[], None] | None = None
 
     async def answer(self, request: Request) -> Response:
-        if request.headers.get("authorization", "").removeprefix("bearer ") not in self._uaa.own_tokens:
+        if request.headers.get("authorization", "").removeprefix("bearer ") not in self.uaa.own_tokens:
             return JSONResponse({"errors": [{"title": "CF-InvalidAuthToken"}]}, 401)
         query = request.query_params
         match request.url.path:
@@ -187,6 +194,12 @@ class CloudControllerStub(Stub):
                     (guid, space) for guid, space in sorted(self.apps.items()) if guid in guids and space in spaces
                 ]
                 return self._page(request, [app(*item) for item in found])
+            case "/v3/security_groups":
+                if self.during is not None:
+                    self.during()
+                return self._page(request, list(self.groups.values()))
+            case "/internal/v4/asg_latest_update" if self.last_update is not None:
+                return JSONResponse({"last_update": self.last_update})
             case "/v3/roles":
                 assert query["types"] == "space_developer"
                 users = query["user_guids"].split(",")
@@ -224,6 +237,35 @@ def app(guid: str, space: str) -> dict[str, Any]:
         "relationships": {"space": {"data": {"guid": space}}},
         "links": {"space": {"href": f"https://api.example.com/v3/spaces/{space}"}},
     }
+
+
+def security_group(
+    guid: str,
+    *rules: Any,
+    name: str | None = None,
+    running: bool = False,
+    staging: bool = False,
+    running_spaces: Sequence[str] = (),
+    staging_spaces: Sequence[str] = (),
+) -> dict[str, Any]:
+    return {
+        "guid": guid,
+        "created_at": "2020-02-20T17:42:08Z",
+        "updated_at": "2020-02-20T17:42:08Z",
+        "name": name or f"name-of-{guid}",
+        "globally_enabled": {"running": running, "staging": staging},
+        "rules": list(rules),
+        "relationships": {
+            "running_spaces": {"data": [{"guid": space} for space in running_spaces]},
+            "staging_spaces": {"data": [{"guid": space} for space in staging_spaces]},
+        },
+        "links": {"self": {"href": f"https://api.example.com/v3/security_groups/{guid}"}},
+    }
+
+
+def rule(protocol: str = "tcp", destination: str = "10.0.0.0/8", **more: Any) -> dict[str, Any]:
+    ports = {"ports": "443"} if protocol in ("tcp", "udp") else {}
+    return {"protocol": protocol, "destination": destination, **ports, **more}
 
 
 def role(user: str, space: str, kind: str = "space_developer") -> dict[str, Any]:
