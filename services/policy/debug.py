@@ -5,13 +5,17 @@ understand changes nothing. There is no profiler: `py-spy` needs none.
 """
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from bus.local import serving
 from bus.log import about
+from services.policy.listener import BoundedProtocol, listening
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,17 @@ def application() -> Starlette:
     route = Route("/log-level", _log_level)
     route.methods = None  # any
     return Starlette(routes=[route])
+
+
+@asynccontextmanager
+async def debugging(where: str) -> AsyncIterator[None]:
+    """The debug server at this address; none if it is empty. Raises services.policy.listener.CannotListen."""
+    if not where:
+        yield
+        return
+    with listening(where) as listener:
+        async with serving(application(), listener, protocol=BoundedProtocol):
+            yield
 
 
 async def _log_level(request: Request) -> Response:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 FIRST_BYTE_SECONDS = 10.0
 HANDSHAKE_SECONDS = 10.0
+CLOSE_SECONDS = 2.0
+"""For a client to confirm the end of TLS; one that is idle does not read it."""
 ACCEPT_PAUSE = 0.1
 """Before the next try when the process has no files left."""
 _HANDSHAKE = b"\x16"
@@ -91,7 +93,11 @@ class TlsServer(HttpServer):
                 return
             config = self.config
             await asyncio.get_running_loop().connect_accepted_socket(
-                self._protocol, connection, ssl=config.ssl, ssl_handshake_timeout=HANDSHAKE_SECONDS
+                self._protocol,
+                connection,
+                ssl=config.ssl,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=CLOSE_SECONDS,
             )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
             log.info("no TLS connection", extra=about(error=str(error) or "it took too long"))
