@@ -1,9 +1,11 @@
 """A small table in SQL for the tests of the bus: texts by name, written through a ledger, published, followed."""
 
 import asyncio
+import shutil
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,19 @@ class Notes:
     async def content(self) -> dict[Key, str]:
         async with self.database.connection() as connection:
             return dict(await entries(connection))
+
+
+def dump(database: Path, to: Path) -> None:
+    """Copy an SQLite database, whoever has it open: what is only in its write-ahead log comes along."""
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(to)) as target:
+        source.backup(target)
+
+
+def restore(database: Path, dumped: Path) -> None:
+    """Put a dump in its place, as new files: whoever still has the old ones open cannot write to it."""
+    for old in database.parent.glob(f"{database.name}*"):
+        old.unlink()
+    shutil.copy(dumped, database)
 
 
 @dataclass

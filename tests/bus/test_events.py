@@ -24,7 +24,7 @@ from bus.database import open_database
 from bus.events import Relay, stream
 from bus.events.event import EventId, events_of, header_value
 from bus.messages import Revision
-from tests.bus.tables import Notes, cancel
+from tests.bus.tables import Notes, cancel, dump, restore
 from tests.nats_server import NatsServer
 
 STREAM = "SILKBUS_NOTES"
@@ -234,25 +234,18 @@ async def test_the_bus_cut_and_paused_in_the_middle(bus: NatsServer, tmp_path: P
 
 
 async def test_restored_database_goes_on_after_what_both_have(bus: NatsServer, tmp_path: Path) -> None:
-    database, dump = tmp_path / "notes.db", tmp_path / "dump"
-
-    def restore(source: Path) -> None:
-        for leftover in tmp_path.glob("notes.db-*"):
-            leftover.unlink()
-        shutil.copy(source, database)
-
+    database, early, later = tmp_path / "notes.db", tmp_path / "early", tmp_path / "later"
     async with notes_at(database) as notes:
         await notes.write({"a": "1"})
         await notes.write({"b": "2"})
-    shutil.copy(database, dump)
+    dump(database, early)
     async with notes_at(database) as notes, relays(bus, notes):
         for number in range(12):
             await notes.write({f"undone{number}": "x"})
         await until_relayed(bus, notes)
-    later = tmp_path / "later"
-    shutil.copy(database, later)
+    dump(database, later)
     undone = await ids(bus)
-    restore(dump)
+    restore(database, early)
     async with notes_at(database) as notes, relays(bus, notes):
         await asyncio.sleep(2)
         assert await ids(bus) == undone  # nothing happened since: nothing to say
@@ -261,7 +254,7 @@ async def test_restored_database_goes_on_after_what_both_have(bus: NatsServer, t
         await until_ids(bus, [*undone, new])
         *_, last = await messages(bus)
         assert last.headers["ce-previous"] == both[-1] != undone[-1]  # how a reader sees it
-    restore(later)  # a newer dump: its last event is in the stream, but not at its end
+    restore(database, later)  # a newer dump: its last event is in the stream, but not at its end
     async with notes_at(database) as notes, relays(bus, notes):
         await notes.write({"d": "4"})
         newest = (await logged(notes))[-1]

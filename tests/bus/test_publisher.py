@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +15,7 @@ from bus.decode import Fields
 from bus.ledger import Ledger
 from bus.tables import publisher as publishing
 from bus.wire import decode, pack
-from tests.bus.tables import Centre, centre, eventually, follower
+from tests.bus.tables import Centre, centre, dump, eventually, follower, restore
 from tests.nats_server import NatsServer
 
 
@@ -194,14 +193,10 @@ async def test_a_dump_of_before_the_first_change(nats_server: NatsServer, tmp_pa
     file = tmp_path / "notes.db"
     async with centre(nats_server.url, f"sqlite:///{file}") as here, follower(nats_server.url) as there:
         await eventually(lambda: here.publisher.revision == 0)
-        async with here.notes.database.connection() as connection:
-            await connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        shutil.copy(file, tmp_path / "dump")
+        dump(file, tmp_path / "dump")
         await here.write(a="1")
         await eventually(lambda: there.replica.revision == 1)
-        for leftover in tmp_path.glob("notes.db*"):
-            leftover.unlink()
-        shutil.copy(tmp_path / "dump", file)
+        restore(file, tmp_path / "dump")
         await eventually(lambda: there.replica.entries == {})
         await here.write(b="2")
         await eventually(lambda: there.replica.entries == {("b",): "2"})

@@ -2,13 +2,12 @@
 
 import asyncio
 import os
-import shutil
 from pathlib import Path
 
 import msgpack
 
 from bus.tables.follower import State
-from tests.bus.tables import centre, eventually, follower
+from tests.bus.tables import centre, dump, eventually, follower, restore
 from tests.nats_server import NatsServer
 
 
@@ -86,13 +85,11 @@ async def test_restored_database_is_followed(nats_server: NatsServer, tmp_path: 
     async with follower(nats_server.url) as there:
         async with centre(nats_server.url, url) as here:
             await here.write(a="old")
-        shutil.copy(database, tmp_path / "dump")
+        dump(database, tmp_path / "dump")
         async with centre(nats_server.url, url) as here:
             await here.write(a="new", b="gone later")
             await eventually(lambda: there.replica.revision == 2)
-        for leftover in tmp_path.glob("notes.db-*"):
-            leftover.unlink()
-        shutil.copy(tmp_path / "dump", database)
+        restore(database, tmp_path / "dump")
         async with centre(nats_server.url, url) as here:
             await eventually(lambda: there.replica.entries == {("a",): "old"})
             await here.write(c="3")
