@@ -93,6 +93,6 @@ def _text(report: Report, url: str) -> str:
         f"  security groups  {report.security_groups} ({report.new_security_groups} new)",
     ]
     if report.left_out:
-        lines.append("left out, since they allow nothing:")
+        lines.append("left out, since it allows nothing, or cannot be understood:")
         lines += [f"  {reason}" for reason in report.left_out]
     return "\n".join(lines) + "\n"

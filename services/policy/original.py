@@ -15,7 +15,9 @@ from databases.core import Connection
 from bus.database import open_database, transaction
 from bus.database_options import DatabaseOptions
 from bus.decode import Malformed
-from bus.messages import MAX_APP_ID, MAX_TAG, AppId, Policy, Ports, Protocol, Tag
+from bus.messages import MAX_APP_ID, MAX_TAG, AppId, Policy, Ports, Protocol, SecurityGroup, Tag
+from bus.security_groups import GroupId, SpaceId
+from services.policy.asg_rules import parse_rules
 from services.policy.tag_pool import APP
 
 SHOWN = 20
@@ -32,26 +34,13 @@ class Unusable(Exception):
     """It cannot be taken over. The text has a line for each thing that is wrong."""
 
 
-@dataclass(frozen=True, slots=True)
-class SecurityGroup:
-    """An application security group. Rules and spaces are JSON, as text."""
-
-    guid: str
-    name: str
-    rules: str
-    staging_default: bool
-    running_default: bool
-    staging_spaces: str
-    running_spaces: str
-
-
 @dataclass(slots=True)
 class Original:
-    """Its content. `tags` has number and type of each group in use; `left_out` says which policies are, and why."""
+    """Its content. `tags` has number and type of each group in use; `left_out` says what is, and why."""
 
     tags: dict[AppId, tuple[Tag, str]] = field(default_factory=dict)
     policies: list[Policy] = field(default_factory=list)
-    security_groups: dict[str, SecurityGroup] = field(default_factory=dict)
+    security_groups: dict[GroupId, SecurityGroup] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
 
@@ -136,27 +125,34 @@ async def _read_policies(connection: Connection, groups: str, found: Original, p
 
 async def _read_security_groups(connection: Connection, found: Original, problems: list[str]) -> None:
     for row in await connection.fetch_all("SELECT * FROM security_groups ORDER BY id"):
-        guid = row["guid"]
+        guid, name = GroupId(row["guid"]), row["name"]
         try:
-            texts = [_json_list(row, name) for name in ("rules", "staging_spaces", "running_spaces")]
+            rules, bad = parse_rules(_json_list(row, "rules"))
+            staging, running = (_spaces(row, name) for name in ("staging_spaces", "running_spaces"))
         except ValueError as error:
             problems.append(f"security group {guid!r}: {error}")
             continue
-        rules, staging, running = texts
+        found.left_out += [f"security group {name!r} ({guid}): {problem}" for problem in bad]
         found.security_groups[guid] = SecurityGroup(
-            guid, row["name"], rules, bool(row["staging_default"]), bool(row["running_default"]), staging, running
+            guid, name, rules, bool(row["running_default"]), bool(row["staging_default"]), running, staging
         )
 
 
-def _json_list(row: Any, name: str) -> str:
-    text = row[name] or "[]"
+def _spaces(row: Any, name: str) -> frozenset[SpaceId]:
+    items = _json_list(row, name)
+    if not all(isinstance(item, str) and item for item in items):
+        raise ValueError(f"{name} holds what is no GUID")
+    return frozenset(map(SpaceId, items))
+
+
+def _json_list(row: Any, name: str) -> list[Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(row[name] or "[]")
     except ValueError as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
     if not isinstance(value, (list, type(None))):
         raise ValueError(f"{name} is not a list")
-    return json.dumps(value or [], separators=(",", ":"), ensure_ascii=False)
+    return value or []
 
 
 def _wrong_id(guid: str) -> str | None:

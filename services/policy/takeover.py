@@ -9,22 +9,23 @@ Policies go the way of every other: in changes of the ledger, a few thousand at 
 at once. Running servers publish them as they come.
 """
 
-import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from databases import DatabaseURL
 from databases.core import Connection
 
-from bus.database import transaction
 from bus.database_options import DatabaseOptions
 from bus.ledger import Change, Ledger
-from bus.messages import AppId, Policy, Tag, tag_key
-from services.policy import rows
-from services.policy.migrate import reason
-from services.policy.original import Original, SecurityGroup, Unusable, gaps, read
+from bus.messages import AppId, Policy, SecurityGroup, Tag, tag_key
+from bus.security_groups import GroupId
+from bus.tables import POLICIES, SECURITY_GROUPS
+from services.policy import rows, security_groups
+from services.policy.migrate import reason, security_groups_ledger
+from services.policy.original import Original, Unusable, gaps, read
+from services.policy.security_groups import SecurityGroups
 from services.policy.store import Filter, Store, select
 from services.policy.tag_pool import TagPool, add
 
@@ -56,9 +57,11 @@ class _Held:
 
     tags: Mapping[AppId, tuple[Tag, str]]
     policies: Sequence[Policy]
-    security_groups: Mapping[str, SecurityGroup]
+    security_groups: Mapping[GroupId, SecurityGroup]
     used: bool
-    """Whether anybody else has changed it."""
+    """Whether anybody else has changed policies."""
+    synced: bool
+    """Whether the security groups already are the Cloud Controller's, by our servers."""
 
 
 async def take_over(ledger: Ledger, source: str, options: DatabaseOptions) -> Report:
@@ -77,8 +80,7 @@ async def take_over(ledger: Ledger, source: str, options: DatabaseOptions) -> Re
     store = Store(ledger, TagPool(rest=0, clock=time.time), lambda _: None)
     for chunk in rows.chunks(new, AT_ONCE):
         await store.create(chunk, actor=ACTOR)
-    groups = [group for guid, group in original.security_groups.items() if guid not in before.security_groups]
-    await _add_security_groups(ledger, groups)
+    new_groups = await _add_security_groups(ledger, before, original)
     _compare(await ledger.read(_held), original)
     return Report(
         tags=len(original.tags),
@@ -86,32 +88,24 @@ async def take_over(ledger: Ledger, source: str, options: DatabaseOptions) -> Re
         policies=len(original.policies),
         new_policies=len(new),
         security_groups=len(original.security_groups),
-        new_security_groups=len(groups),
+        new_security_groups=new_groups,
         left_out=original.left_out,
     )
 
 
 async def _held(database: Connection) -> _Held:
     tags = await database.fetch_all("SELECT app, tag, type FROM silkbus_tags WHERE freed_at IS NULL")
-    groups = await database.fetch_all("SELECT * FROM silkbus_security_groups")
-    others = "SELECT 1 FROM change_log WHERE table_name = 'policies' AND actor <> :actor LIMIT 1"
+    others = "SELECT 1 FROM change_log WHERE table_name = :table AND actor <> :actor LIMIT 1"
+
+    async def changed(table: str) -> bool:
+        return await database.fetch_val(others, {"table": table, "actor": ACTOR}) is not None
+
     return _Held(
         tags={AppId(row["app"]): (Tag(row["tag"]), row["type"]) for row in tags},
         policies=await select(database, Filter()),
-        security_groups={row["guid"]: _security_group(row) for row in groups},
-        used=await database.fetch_val(others, {"actor": ACTOR}) is not None,
-    )
-
-
-def _security_group(row: Any) -> SecurityGroup:
-    return SecurityGroup(
-        row["guid"],
-        row["name"],
-        row["rules"],
-        bool(row["staging_default"]),
-        bool(row["running_default"]),
-        row["staging_spaces"],
-        row["running_spaces"],
+        security_groups=await security_groups.select(database),
+        used=await changed(POLICIES.name),
+        synced=await changed(SECURITY_GROUPS.name),
     )
 
 
@@ -125,7 +119,7 @@ def _refuse_other(held: _Held, original: Original) -> None:
     other += [
         f"security group {guid}"
         for guid, group in held.security_groups.items()
-        if original.security_groups.get(guid) != group
+        if not held.synced and original.security_groups.get(guid) != group
     ]
     if other:
         raise Refused(
@@ -156,24 +150,23 @@ async def _add_tags(ledger: Ledger, new: Mapping[AppId, tuple[Tag, str]], origin
         await ledger.change(work, actor=ACTOR)
 
 
-async def _add_security_groups(ledger: Ledger, groups: Sequence[SecurityGroup]) -> None:
-    query = (
-        "INSERT INTO silkbus_security_groups (guid, name, rules, staging_default, running_default, staging_spaces,"
-        " running_spaces) VALUES (:guid, :name, :rules, :staging_default, :running_default, :staging_spaces,"
-        " :running_spaces)"
-    )
-    async with transaction(ledger.database, write=True) as connection:
-        for group in groups:
-            await connection.execute(query, dataclasses.asdict(group))
+async def _add_security_groups(ledger: Ledger, held: _Held, original: Original) -> int:
+    """Add those that are missing; how many. What our servers got from the Cloud Controller is newer."""
+    if held.synced:
+        return 0
+    groups = SecurityGroups(security_groups_ledger(ledger), lambda _: None)
+    added = await groups.replace(original.security_groups, actor=ACTOR)
+    return len(added.put)
 
 
 def _compare(held: _Held, original: Original) -> None:
     """Raises Refused unless our database holds just what the original's does."""
-    counts = (
+    counts: list[tuple[str, Sized, Sized]] = [
         ("tags", held.tags, original.tags),
         ("policies", set(held.policies), set(original.policies)),
-        ("security groups", held.security_groups, original.security_groups),
-    )
+    ]
+    if not held.synced:
+        counts.append(("security groups", held.security_groups, original.security_groups))
     wrong = [f"{len(ours)} {what}, not {len(theirs)}" for what, ours, theirs in counts if ours != theirs]
     if wrong:
         raise Refused(f"our database differs from the original's: {'; '.join(wrong)}: do it again on a new one")

@@ -65,7 +65,8 @@ async def assert_taken_over(ledger: Ledger, source: OriginalDatabase) -> None:
         ("asg-1", "asg-1's", False),
         ("asg-2", "asg-2's", True),
     ]
-    assert json.loads(groups[0]["rules"]) == RULES
+    (rule,) = json.loads(groups[0]["rules"])
+    assert (rule["destinations"], rule["ports"], rule["log"]) == (["10.0.0.0/8"], [[443, 443]], True)
     assert json.loads(groups[0]["running_spaces"]) == ["space-1", "space-2"]
     assert json.loads(groups[0]["staging_spaces"]) == []
 
