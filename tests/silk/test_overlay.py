@@ -23,7 +23,7 @@ def test_device_is_as_the_original_makes_it(cell: TestCell) -> None:
     assert "UP" in link["flags"]
     assert link["linkinfo"]["info_kind"] == "vxlan"
     assert (info["id"], info["local"], info["link"], info["port"]) == (1, "10.77.0.1", "eth0", 4789)
-    assert info["gbp"] is True
+    assert "gbp" in info  # true, and in newer iproute2 null; absent where it is off
     assert info["learning"] is False
     assert info["ttl"] == 0
     addresses = json.loads(cell.sh("ip", "-j", "-4", "addr", "show", "silk-vtep"))[0]["addr_info"]

@@ -11,7 +11,7 @@ import pytest
 
 from bus.messages import CellName
 from services.silk.namespace import opened
-from tests.silk.conftest import TestCell, lease_of, reaches
+from tests.silk.conftest import TestCell, eventually, lease_of, reaches
 from tests.silk.traffic import UdpStream
 
 pytestmark = pytest.mark.kernel
@@ -144,6 +144,8 @@ def test_a_restart_drops_no_packet(make_cell: Callable[[int], TestCell]) -> None
     source, target = first.container(), second.container()
     first.attach("client", source)
     address = second.attach("server", target).address
+    # The kernel lets a link pass packets a moment after it is up; what is lost till then is no restart's fault.
+    eventually(lambda: reaches(source.rpartition("/")[2], str(address)))
     with opened(source) as here, opened(target) as there, UdpStream(here, there, str(address)) as stream:
         stream.wait_for(200)
         for cell in (first, second, first, second):
