@@ -99,6 +99,41 @@ class Lease:
         return cls(fields.network("subnet"), cell_name(fields.text("cell")), fields.address("underlay"), mac)
 
 
+CELL_SILENT = 10.0
+"""Seconds after which a cell that has not said its state is taken for unreachable."""
+
+
+@dataclass(frozen=True, slots=True)
+class CellState:
+    """What a cell says of itself: the revision of the policies that its kernel has, of which epoch.
+
+    `epoch` is empty before the first. `table` is the state of its replica (bus.tables), `problem` why its kernel is not
+    as it should be, or empty.
+    """
+
+    epoch: str
+    revision: Revision
+    table: str
+    problem: str = ""
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch or None,
+            "revision": self.revision,
+            "table": self.table,
+            "problem": self.problem or None,
+        }
+
+    @classmethod
+    def decode(cls, fields: Fields) -> "CellState":
+        return cls(
+            fields.optional_text("epoch", max_length=64) or "",
+            Revision(fields.integer("revision")),
+            fields.text("table", max_length=20),
+            fields.optional_text("problem", max_length=1000) or "",
+        )
+
+
 class Stage(StrEnum):
     """How far a container's attachment has come. What is not `ready` is nobody's, and is taken apart if left so."""
 

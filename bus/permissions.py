@@ -104,6 +104,13 @@ def central(role: str) -> User:
                 ),
             ),
         ]
+    if role == POLICY_SERVER:
+        leases = LEASES.name
+        publish.append(Grant("asks which cells there are", (subjects.table_fetch(leases),)))
+        subscribe += [
+            Grant("which cells there are", (subjects.table_change(leases), subjects.table_heartbeat(leases))),
+            Grant("what cells have of its table", (subjects.cell("*", "state"),)),
+        ]
     if role == SILK_CONTROLLER:
         subscribe.append(Grant("cells that ask for their lease", (f"{subjects.lease('*', '*')} {SILK_CONTROLLER}",)))
     verbs = ("PING", "INFO", "STATS")

@@ -77,6 +77,11 @@ class Replica(Generic[V]):
         return Revision(0) if self._follower is None else self._follower.revision
 
     @property
+    def epoch(self) -> str:
+        """The database's, of which the entries are; empty before the first."""
+        return "" if self._follower is None else self._follower.content.epoch
+
+    @property
     def state(self) -> State:
         return State.STARTING if self._follower is None else self._follower.state
 

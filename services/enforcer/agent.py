@@ -20,6 +20,7 @@ from bus.records import Records
 from bus.settings import from_command_line
 from bus.tables import LEASES, POLICIES, Replica
 from services.enforcer.reconciler import NotReady, Reconciler
+from services.enforcer.report import Reporter
 from services.enforcer.settings import EnforcerSettings
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ async def serve(settings: EnforcerSettings) -> None:
             leases = Replica(connection, LEASES, cache=settings.cache("leases", "enforcer"))
             policies.listen(reconciler.update_policies)
             leases.listen(reconciler.update_leases)
+            reporter = Reporter(connection, settings.cell, policies, reconciler)
             health = Health()
             health.check("kernel", lambda: reconciler.problem)
             api = Api(reconciler, lambda: str(policies.state))
@@ -124,7 +126,7 @@ async def serve(settings: EnforcerSettings) -> None:
                 asyncio.TaskGroup() as tasks,
                 serving_privately(app, settings.socket("enforcer")),
             ):
-                for work in (policies.run(), leases.run(), reconciler.run()):
+                for work in (policies.run(), leases.run(), reconciler.run(), reporter.run()):
                     tasks.create_task(work)
                 await policies.usable()
                 await leases.usable()

@@ -11,6 +11,7 @@ kernel that somebody else changed, and each minute whatever else was not noticed
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -78,6 +79,7 @@ class Reconciler:
         """Of the policies, as the kernel has them."""
         self.applied_at: datetime | None = None
         self.problem: str | None = "the tables are not usable yet"
+        self._watchers: list[Callable[[], None]] = []
 
     async def open(self) -> None:
         """Put the fence up. Raises what the dataplane raises: without a fence there is no enforcer."""
@@ -87,6 +89,10 @@ class Reconciler:
     @property
     def containers(self) -> int:
         return len(self._model.containers)
+
+    def on_pass(self, watcher: Callable[[], None]) -> None:
+        """Call `watcher` after each pass from now on, and when one has failed for good."""
+        self._watchers.append(watcher)
 
     # Feeding
 
@@ -202,11 +208,16 @@ class Reconciler:
                     await self._pass()
         except KernelError as error:
             self.problem = str(error)
+            self._tell()
             log.error("the kernel does not take the rules", extra=about(error=self.problem))
             waiting, self._waiting = self._waiting, []
             for waiter in waiting:
                 if not waiter.done():
                     waiter.set_exception(NotReady(f"the kernel does not take the rules: {error}"))
+
+    def _tell(self) -> None:
+        for watcher in self._watchers:
+            watcher()
 
     def _say(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -247,6 +258,7 @@ class Reconciler:
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(self.revision)
+        self._tell()
 
     def _note(self, applied: Applied, revision: Revision, *, drift: bool) -> None:
         self.revision = revision

@@ -26,6 +26,7 @@ from services.policy.endpoint import ApiError, Call, Endpoints, Operation, answe
 from services.policy.history import History, NoSuchRevision, TooFarBack
 from services.policy.identity import ADMIN, WRITE, Authenticator, Unavailable
 from services.policy.listing import Listing
+from services.policy.status_http import StatusApi
 from services.policy.store import Filter, QuotaExceeded, Store
 from services.policy.tag_pool import TagsExhausted
 from services.policy.upkeep import Upkeep
@@ -76,6 +77,7 @@ class Gateway:
         *,
         bus_connected: Callable[[], bool],
         upkeep: Upkeep | None = None,
+        status: StatusApi | None = None,
     ) -> None:
         self._store = store
         self._listing = listing
@@ -84,6 +86,7 @@ class Gateway:
         self._options = options
         self._bus_connected = bus_connected
         self._upkeep = upkeep
+        self._status = status
         self._process = Health()
         self._started = time.monotonic_ns()
         self._endpoints = Endpoints(
@@ -109,6 +112,7 @@ class Gateway:
                 route(f"{external}/policies/cleanup", POST=Operation("Cleanup", self._cleanup, (ADMIN,))),
                 route(f"{external}/history", GET=Operation("History", self._changes, (ADMIN,))),
                 route(f"{external}/tags", GET=Operation("TagsIndex", self._tags, (ADMIN,))),
+                *([] if self._status is None else self._status.routes(route, external)),
                 route("/openapi.json", GET=Operation("OpenAPI", self._openapi)),
                 Route("/livez", self._process.livez),
                 Route("/readyz", self._readyz),

@@ -7,34 +7,37 @@ works with the bus away.
 import asyncio
 import logging
 import os
-import re
-import socket
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 from bus.connection import connect
 from bus.decode import Malformed
 from bus.events import Relay
 from bus.ledger import Outcome
-from bus.local import serving
+from bus.local import HttpServer, serving
 from bus.log import about, setup
 from bus.process import run
 from bus.settings import SettingsError, command_line, load, refuse
 from bus.tables import POLICIES, SECURITY_GROUPS, Publisher
-from services.policy import debug, legacy_config, security_groups
+from services.policy import legacy_config, security_groups
 from services.policy.authority import open_authority
+from services.policy.debug import debugging
+from services.policy.event_feed import EventFeed
 from services.policy.gateway import Gateway
 from services.policy.history import History
+from services.policy.instance import instance
 from services.policy.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
 from services.policy.listing import Listing
 from services.policy.migrate import CannotOpen, open_ledger, security_groups_ledger
+from services.policy.realisation import Realisation
 from services.policy.security_groups import SecurityGroups
 from services.policy.settings import PolicySettings
+from services.policy.sse import Streams
+from services.policy.status_http import StatusApi
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
+from services.policy.tls_server import TlsServer
 from services.policy.upkeep import Upkeep, open_sources
 
 PROGRAM = "silkbus-policy-server"
@@ -75,12 +78,12 @@ async def serve(settings: PolicySettings) -> None:
     tls = settings.tls()
     with listening(settings.listen) as listener:
         async with (
-            _debugging(settings.debug_listen),
+            debugging(settings.debug_listen),
             open_authority(settings) as authority,
             open_sources(settings) as sources,
             open_ledger(settings.database, settings.database_options) as ledger,
             connect(
-                settings.nats, role="policy-server", name=_instance(), credentials=settings.nats_credentials
+                settings.nats, role="policy-server", name=instance(), credentials=settings.nats_credentials
             ) as connection,
             asyncio.TaskGroup() as tasks,
         ):
@@ -88,6 +91,9 @@ async def serve(settings: PolicySettings) -> None:
             relay = Relay(connection, ledger, readers=settings.event_readers, replicas=settings.event_replicas)
             groups_ledger = security_groups_ledger(ledger)
             groups_publisher = Publisher(connection, groups_ledger, SECURITY_GROUPS, security_groups.entries)
+            realisation, streams = Realisation(connection, publisher), Streams()
+            feed = EventFeed(ledger, publisher, realisation.leases)
+            tasks.create_task(realisation.run())
             tasks.create_task(publisher.run())
             tasks.create_task(groups_publisher.run())
             tasks.create_task(relay.run())
@@ -114,31 +120,24 @@ async def serve(settings: PolicySettings) -> None:
                 settings.gateway_options,
                 bus_connected=lambda: connection.connected,
                 upkeep=upkeep,
+                status=StatusApi(realisation, feed, streams),
             )
             async with serving(
-                gateway.application(), listener, protocol=BoundedProtocol, tls=tls, stop_timeout=STOP_SECONDS
+                gateway.application(),
+                listener,
+                protocol=BoundedProtocol,
+                tls=tls,
+                server=HttpServer if tls is None else TlsServer,
+                stop_timeout=STOP_SECONDS,
             ):
                 host, port = listener.getsockname()[:2]
                 log.info(
                     "listening", extra=about(address=host, port=port, database=ledger.database.url.obscure_password)
                 )
-                await asyncio.Event().wait()
-
-
-@asynccontextmanager
-async def _debugging(where: str) -> AsyncIterator[None]:
-    """The debug server, if it is wanted. Raises CannotListen."""
-    if not where:
-        yield
-        return
-    with listening(where) as listener:
-        async with serving(debug.application(), listener, protocol=BoundedProtocol):
-            yield
-
-
-def _instance() -> str:
-    """A name for this process on the bus, as one subject token."""
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', socket.gethostname())[:40]}-{os.getpid()}"
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    streams.stop()
 
 
 if __name__ == "__main__":
