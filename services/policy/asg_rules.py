@@ -135,6 +135,7 @@ def _is_ipv6(text: str) -> bool:
 
 
 def _spaces(item: Fields, name: str) -> frozenset[SpaceId]:
-    where = f"{item.where}: relationships.{name}"
-    data = Fields(Fields(item.mapping("relationships"), item.where).mapping(name), where).items("data")
-    return frozenset(SpaceId(Fields(space, f"{where}.data").text("guid", max_length=MAX_GUID)) for space in data)
+    where = f"{item.where}: relationships"
+    bound = Fields(item.mapping("relationships"), where).mapping(name)
+    data = Fields(bound, f"{where}.{name}").items("data")
+    return frozenset(SpaceId(Fields(space, f"{where}.{name}.data").text("guid", max_length=MAX_GUID)) for space in data)
