@@ -68,7 +68,7 @@ class Access:
             places = await spaces.of_apps(apps)
             concerned = frozenset(places.values())
             if len(places) < len(apps) or not concerned <= await spaces.developed(identity.subject, concerned):
-                raise _refused()
+                raise refused()
 
     async def visible(self, identity: Identity, policies: list[Policy]) -> list[Policy]:
         """Those of the policies that the caller may see. Raises Forbidden, Unavailable."""
@@ -81,7 +81,7 @@ class Access:
 
     def _known(self) -> Spaces:
         if self._spaces is None:
-            raise _refused()
+            raise refused()
         return self._spaces
 
 
@@ -93,7 +93,8 @@ def _apps(policies: Collection[Policy]) -> list[AppId]:
     return list(dict.fromkeys(app for policy in policies for app in (policy.source, policy.destination)))
 
 
-def _refused() -> Forbidden:
+def refused() -> Forbidden:
+    """What those are told who may not see or change all of the apps concerned."""
     return Forbidden("one or more applications cannot be found or accessed")
 
 

@@ -18,11 +18,12 @@ from bus.decode import Malformed
 from bus.local import Health
 from bus.log import about
 from bus.messages import Policy, Revision
-from services.policy import history_http, openapi, wire_v0, wire_v1
-from services.policy.access import Access, is_admin
+from services.policy import explain_http, history_http, openapi, wire_v0, wire_v1
+from services.policy.access import Access, is_admin, refused
 from services.policy.cleanup import Refused
 from services.policy.cors import Origins
 from services.policy.endpoint import ApiError, Call, Endpoints, Operation, answering
+from services.policy.explain import explain
 from services.policy.history import History, NoSuchRevision, TooFarBack
 from services.policy.identity import ADMIN, WRITE, Authenticator, Unavailable
 from services.policy.listing import Listing
@@ -111,6 +112,7 @@ class Gateway:
                 route(f"{external}/policies/delete", POST=Operation("DeletePolicies", self._delete, (ADMIN, WRITE))),
                 route(f"{external}/policies/cleanup", POST=Operation("Cleanup", self._cleanup, (ADMIN,))),
                 route(f"{external}/history", GET=Operation("History", self._changes, (ADMIN,))),
+                route(f"{external}/explain", GET=Operation("Explain", self._explain, (ADMIN, WRITE))),
                 route(f"{external}/tags", GET=Operation("TagsIndex", self._tags, (ADMIN,))),
                 *([] if self._status is None else self._status.routes(route, external)),
                 route("/openapi.json", GET=Operation("OpenAPI", self._openapi)),
@@ -240,6 +242,20 @@ class Gateway:
         with _storing("database read failed", call):
             entries, following = await self._history.page(wanted)
         return Response(history_http.encode(entries, following), media_type="application/json")
+
+    async def _explain(self, call: Call) -> Response:
+        try:
+            flow = explain_http.flow(call.request.query_params)
+        except history_http.BadParameter as error:
+            raise ApiError(400, str(error)) from None
+        with answering("check access failed"):
+            # Who would see a policy between the two may know of those there are, and of those there were.
+            if not await self._access.visible(call.identity, [explain_http.as_policy(flow)]):
+                raise refused()
+        with _storing("database read failed", call):
+            found = await explain(self._history.ledger, flow)
+        body = explain_http.encode(flow, found, tag_length=self._options.tag_length)
+        return Response(body, media_type="application/json")
 
     async def _policies(self, call: Call, *, too_long: str) -> list[Policy]:
         body = await _body(call.request)

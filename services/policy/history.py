@@ -67,7 +67,7 @@ class Entry:
 
 class History:
     def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
 
     async def page(self, wanted: Wanted) -> tuple[list[Entry], Revision | None]:
         """Changes, the latest first; and the `before` of the next page, or None when there are no more."""
@@ -75,7 +75,7 @@ class History:
         async def read(database: Connection) -> tuple[list[Entry], Revision | None]:
             return await _page(database, wanted)
 
-        return await self._ledger.read(read)
+        return await self.ledger.read(read)
 
     async def policies_at(self, revision: int) -> list[Policy]:
         """The policies that there were at a revision. Raises NoSuchRevision, TooFarBack, or as the database."""
@@ -83,7 +83,7 @@ class History:
         async def read(database: Connection) -> list[Policy]:
             return await _policies_at(database, revision)
 
-        return await self._ledger.read(read)
+        return await self.ledger.read(read)
 
 
 async def _page(database: Connection, wanted: Wanted) -> tuple[list[Entry], Revision | None]:
@@ -96,7 +96,7 @@ async def _page(database: Connection, wanted: Wanted) -> tuple[list[Entry], Revi
         for row in found:
             if len(entries) == wanted.limit or (entries and policies >= MAX_POLICIES):
                 return entries, entries[-1].revision
-            entries.append(await _entry(row, wanted.app))
+            entries.append(await entry_of(row, wanted.app))
             policies += len(entries[-1].added) + len(entries[-1].removed)
         if len(found) < _AT_ONCE:
             return entries, None
@@ -123,7 +123,8 @@ async def _log(database: Connection, wanted: Wanted) -> Sequence[Any]:
     return found
 
 
-async def _entry(row: Any, app: str | None) -> Entry:
+async def entry_of(row: Any, app: str | None) -> Entry:
+    """What a row of the change log says; of an app alone, if one is given."""
     added: list[Policy] = []
     removed: list[Policy] = []
     for number, event in enumerate(decode_logged(row["events"])):
@@ -153,7 +154,7 @@ async def _policies_at(database: Connection, revision: int) -> list[Policy]:
     while before > revision + 1:
         for row in await _log(database, Wanted(before=before, after=revision, limit=_AT_ONCE)):
             before = row["revision"]
-            entry = await _entry(row, None)
+            entry = await entry_of(row, None)
             undone += len(entry.added) + len(entry.removed)
             if undone > MAX_POLICIES_BACK:
                 raise TooFarBack(

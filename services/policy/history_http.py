@@ -38,8 +38,8 @@ def wanted(query: QueryParams) -> Wanted:
         limit=100 if limit is None else limit,
         before=integer(query, "before"),
         after=integer(query, "after"),
-        app=_text(query, "app_id"),
-        user=_text(query, "user"),
+        app=text(query, "app_id"),
+        user=text(query, "user"),
         since_ms=_time(query, "since"),
         until_ms=_time(query, "until"),
     )
@@ -55,11 +55,12 @@ def integer(query: QueryParams, name: str, *, low: int = 0, high: int = MAX_REVI
     return int(text)
 
 
-def _text(query: QueryParams, name: str) -> str | None:
-    text = query.get(name)
-    if text is not None and (not text or len(text) > MAX_APP_ID or not text.isprintable()):
+def text(query: QueryParams, name: str) -> str | None:
+    """A parameter that is a name, None if it is not given. Raises BadParameter."""
+    value = query.get(name)
+    if value is not None and (not value or len(value) > MAX_APP_ID or not value.isprintable()):
         raise BadParameter(f"{name}: must be 1 to {MAX_APP_ID} printable characters")
-    return text
+    return value
 
 
 def _time(query: QueryParams, name: str) -> int | None:
@@ -80,7 +81,7 @@ def _time(query: QueryParams, name: str) -> int | None:
 def encode(entries: Sequence[Entry], following: Revision | None) -> bytes:
     """The answer."""
     items = (
-        f'{{"revision":{entry.revision},"time":{_json(_said(entry.at_ms))},"user":{_json(entry.user)},"request_id":{_json(entry.request_id)},"added":{_policies(entry.added)},"removed":{_policies(entry.removed)}}}'
+        f'{{"revision":{entry.revision},"time":{_json(said(entry.at_ms))},"user":{_json(entry.user)},"request_id":{_json(entry.request_id)},"added":{_policies(entry.added)},"removed":{_policies(entry.removed)}}}'
         for entry in entries
     )
     before: Mapping[str, int] | None = None if following is None else {"before": following}
@@ -91,7 +92,8 @@ def _policies(policies: Sequence[Policy]) -> str:
     return f"[{','.join(map(wire_v1.item, policies))}]"
 
 
-def _said(at_ms: int) -> str:
+def said(at_ms: int) -> str:
+    """A Unix time in ms as the API writes it."""
     return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

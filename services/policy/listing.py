@@ -10,6 +10,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 from databases.core import Connection
@@ -87,7 +88,11 @@ class Listing:
         if self._next is None:
             self._next = asyncio.create_task(self._refresh())
         await asyncio.shield(self._next)
-        return f"{self._mark.epoch[:8]}-{self._mark.revision}" if self._mark else ""
+        if (mark := self._mark) is None:
+            return ""
+        # A restored database comes to the same revision again, with other policies.
+        request = blake2b((mark.request_id or "").encode(), digest_size=4).hexdigest()
+        return f"{mark.epoch[:8]}-{mark.revision}-{request}"
 
     def find(self, wanted: Filter) -> list[Policy]:
         """The policies that match, as of the last `refresh`, in the order in which they were added."""

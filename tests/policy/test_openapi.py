@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from services.policy import openapi
 from services.policy.gateway import Gateway, Options
+from services.policy.status_http import StatusApi
 from tests.policy.server import ADMIN_TOKEN, READER_TOKEN, WRITE_TOKEN, PolicyServer, body, policy
 from tests.policy.test_v0 import policy_v0
 
@@ -21,6 +22,9 @@ NEEDS_FAULTS = {"500", "503"}
 EXTERNAL = "/networking/{version}/external"
 NEEDS_CLOUD_CONTROLLER = {(EXTERNAL + "/policies/cleanup", "POST", status) for status in ("200", "409")}
 """Answers of a server that has one: test_upkeep sees to these."""
+
+STREAMS = {(EXTERNAL + path, "GET", "200") for path in ("/status/follow", "/events")}
+"""Answers without an end: test_status sees to these."""
 
 
 def follow(item: Any) -> Any:
@@ -69,7 +73,9 @@ def test_every_reference_and_schema_is_valid() -> None:
 
 def test_every_route_is_in_it_and_nothing_else() -> None:
     nothing: Any = None
-    app = Gateway(nothing, nothing, nothing, nothing, nothing, Options(), bus_connected=bool).application()
+    status = StatusApi(nothing, nothing, nothing)
+    gateway = Gateway(nothing, nothing, nothing, nothing, nothing, Options(), bus_connected=bool, status=status)
+    app = gateway.application()
     assert "version" in CONVERTOR_TYPES
     routes = {
         (route.path.replace("{version:version}", "{version}"), method)
@@ -118,6 +124,13 @@ CASES: list[tuple[str, str, int, str | None, dict[str, Any]]] = [
     *((EXTERNAL + "/policies", "GET", 200, ADMIN_TOKEN, {"version": version}) for version in ("v0", "v1")),
     *((EXTERNAL + "/history", "GET", 200, ADMIN_TOKEN, {"params": {"limit": limit}}) for limit in (1, 1000)),
     *((EXTERNAL + path, "GET", 200, ADMIN_TOKEN, {}) for path in ("/whoami", "/tags", "/policies?id=a&at=1")),
+    *((EXTERNAL + "/status", "GET", 200, token, {}) for token in (ADMIN_TOKEN, WRITE_TOKEN)),
+    *((EXTERNAL + path, "GET", 400, ADMIN_TOKEN, {}) for path in ("/status?revision=x", "/status/follow?other=1")),
+    *(
+        (EXTERNAL + f"/explain?source=a&destination={other}&protocol=tcp&port=8080", "GET", 200, ADMIN_TOKEN, {})
+        for other in ("b", "c", "nobody")
+    ),
+    (EXTERNAL + "/explain?source=a", "GET", 400, ADMIN_TOKEN, {}),
     *((EXTERNAL + path, "POST", 400, ADMIN_TOKEN, {"content": "{"}) for path in ("/policies", "/policies/delete")),
     *((EXTERNAL + path, "GET", 400, ADMIN_TOKEN, {}) for path in ("/policies?at=x", "/history?limit=0")),
     (EXTERNAL + "/policies/cleanup", "POST", 501, ADMIN_TOKEN, {}),
@@ -128,6 +141,10 @@ CASES: list[tuple[str, str, int, str | None, dict[str, Any]]] = [
             ("/whoami", "GET"),
             ("/tags", "GET"),
             ("/history", "GET"),
+            ("/status", "GET"),
+            ("/status/follow", "GET"),
+            ("/events", "GET"),
+            ("/explain", "GET"),
             ("/policies", "GET"),
             ("/policies", "POST"),
             ("/policies/delete", "POST"),
@@ -163,7 +180,7 @@ def test_answers_are_as_documented(standing_server: PolicyServer) -> None:
         for status in operation["responses"]
         if status not in NEEDS_FAULTS
     }
-    assert documented - seen == NEEDS_CLOUD_CONTROLLER
+    assert documented - seen == NEEDS_CLOUD_CONTROLLER | STREAMS
 
 
 @pytest.mark.parametrize("status", sorted(NEEDS_FAULTS))
