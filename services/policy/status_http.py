@@ -29,7 +29,6 @@ from services.policy.sse import Streams, TooManyStreams, event
 LOOK_SECONDS = 1.0
 """How often is looked, beside what changes, for cells that have fallen silent."""
 INTERVAL = 0.2
-EVENT_STREAM = "text/event-stream"
 PARAMETERS = ("revision",)
 
 
@@ -50,9 +49,7 @@ class StatusApi:
         ]
 
     async def status(self, call: Call) -> Response:
-        """The status at this moment; followed, if that is what the client accepts."""
-        if EVENT_STREAM in call.request.headers.get("accept", ""):
-            return await self.follow(call)
+        """The status at this moment."""
         status = self._realisation.status(_revision(call.request))
         body = json.dumps(encode(status, cells=is_admin(call.identity)), separators=(",", ":"))
         return Response(body, media_type="application/json")
