@@ -5,6 +5,7 @@ import asyncio
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from databases import DatabaseURL
 from bus.log import setup
 from bus.settings import CentralSettings, SettingsError, load, setting
 from services.policy.migrate import CannotOpen, open_ledger, pending
+from services.policy.restored import restored
+from services.policy.tag_pool import REST_MARGIN
 from services.policy.takeover import Refused, Report, take_over
 
 PROGRAM = "silkbus policy"
@@ -23,6 +26,7 @@ class DatabaseSettings(CentralSettings):
     """Those of the policy server's settings that say which database it has, and how it is connected to."""
 
     database: str = setting("SQL database, as a URL", "sqlite:///policy.db")
+    max_stale: int = setting("seconds a cell may act on its last known state; freed tags rest longer", 604_800)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup("policy", settings.log_level)
         if options.command == "migrate":
             asyncio.run(_migrate(settings, options.dry_run))
+        elif options.command == "restored":
+            asyncio.run(_restored(settings, options.given))
         else:
             asyncio.run(_import(settings, options.source))
     except (SettingsError, CannotOpen, Refused) as error:
@@ -64,7 +70,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="the original's database; left out: its tables lie in our own database",
     )
-    for command in (migrate, take):
+    after = commands.add_parser(
+        "restored",
+        help="see to the tags, once after the database was restored from a dump",
+        description="Keep tags that were given out after the dump from being given to other apps, which a cell that is "
+        "cut off would take for the first. Once after each restoring, before the servers are started (docs/backup.md).",
+    )
+    after.add_argument(
+        "--given",
+        type=_count,
+        metavar="N",
+        help="how many apps may have got their first policy since the dump; left out: half of the tags never used",
+    )
+    for command in (migrate, take, after):
         command.add_argument("--database", metavar="URL", help="our database; else as the policy server is told it")
         command.add_argument("--config", type=Path, metavar="FILE", help="the policy server's settings")
     return parser
@@ -76,6 +94,30 @@ async def _migrate(settings: DatabaseSettings, dry_run: bool) -> None:
         async with open_ledger(settings.database, settings.database_options):
             pass
     sys.stdout.write("".join(f"{step}\n" for step in steps) if steps else "the schema is up to date\n")
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, not {text!r}")
+    return int(text)
+
+
+async def _restored(settings: DatabaseSettings, given: int | None) -> None:
+    async with open_ledger(settings.database, settings.database_options) as ledger:
+        done = await restored(ledger, given=given)
+    rest = settings.max_stale + REST_MARGIN
+    sys.stdout.write(
+        f"noted as revision {done.revision}; tags that rest for {rest} s from now on:\n"
+        f"  {done.rested} that rested in the dump\n"
+        f"  {done.reserved} that may have been given out since the dump\n"
+        f"{done.left} tags can be given to new apps meanwhile\n"
+    )
+    if done.last_change_ms and time.time() - done.last_change_ms / 1000 > rest:
+        sys.stderr.write(
+            f"{PROGRAM} restored: warning: the last change in the dump is older than {rest} s. If the dump is, too, a "
+            f"tag of it may have been another app's since: before you start the servers, see that no cell is cut off "
+            f"from the bus, or restart the enforcers of those that are without their cache (docs/backup.md)\n"
+        )
 
 
 async def _import(settings: DatabaseSettings, source: str | None) -> None:
