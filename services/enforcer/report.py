@@ -5,7 +5,9 @@ seconds anyway, so that silence means something. Nothing waits for it: what is n
 """
 
 import asyncio
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 from bus import subjects
@@ -39,17 +41,16 @@ class Reporter:
     async def run(self) -> None:
         """Report for ever."""
         said: CellState | None = None
+        said_at = time.monotonic()
         while True:
-            timed_out = False
-            try:
-                async with asyncio.timeout(KEEP_ALIVE):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, said_at + KEEP_ALIVE - time.monotonic())):
                     await self._wake.wait()
-            except TimeoutError:
-                timed_out = True
             self._wake.clear()
             state = self._state()
-            if timed_out or state != said:
-                said = state if await self._send(state) else None
+            # Passes come each second, mostly with nothing new.
+            if state != said or time.monotonic() >= said_at + KEEP_ALIVE:
+                said, said_at = state if await self._send(state) else None, time.monotonic()
                 await asyncio.sleep(INTERVAL)
 
     def _note(self, update: Update[Any]) -> None:

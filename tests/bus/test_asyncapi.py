@@ -19,7 +19,11 @@ from nats.aio.msg import Msg
 from bus import subjects
 from bus.connection import connect
 from bus.messages import CellName
+from bus.process import KernelThread
 from bus.tables import LEASES, POLICIES, SECURITY_GROUPS, Replica, Table
+from services.enforcer.reconciler import Reconciler
+from services.enforcer.report import Reporter
+from services.enforcer.settings import EnforcerSettings
 from services.policy.server import PolicySettings, serve
 from services.silk.client import LeaseClient, LeaseDenied, LeaseLost
 from services.silk.controller import control
@@ -130,6 +134,16 @@ async def follow(bus: NatsServer, table: Table[Any]) -> None:
         await Replica(connection, table).run()
 
 
+async def report(bus: NatsServer, folder: Path) -> None:
+    """What an enforcer says of itself; its kernel is not touched before it is opened."""
+    settings = EnforcerSettings(cell="one", nats=bus.url, state_dir=folder, run_dir=folder)
+    async with connect(bus.url, role="cell", name="one-enforcer") as connection, asyncio.TaskGroup() as tasks:
+        replica = Replica(connection, POLICIES)
+        reporter = Reporter(connection, settings.cell, replica, Reconciler(settings, KernelThread("kernel")))
+        for work in (replica.run(), reporter.run()):
+            tasks.create_task(work)
+
+
 async def test_what_is_sent_is_what_is_documented(
     bus: NatsServer, cloud_controller: CloudControllerStub, tmp_path: Path
 ) -> None:
@@ -153,7 +167,7 @@ async def test_what_is_sent_is_what_is_documented(
         lease_expiry=4,
         run_dir=tmp_path,
     )
-    async with recording(bus) as heard, running(serve(policies), control(leases)):
+    async with recording(bus) as heard, running(serve(policies), control(leases), report(bus, tmp_path)):
         async with running(*(follow(bus, table) for table in (POLICIES, LEASES, SECURITY_GROUPS))):
             await use_policies(f"http://127.0.0.1:{port}")
             await use_leases(bus)
