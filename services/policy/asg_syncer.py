@@ -201,7 +201,7 @@ class Syncer:
         BAD_GROUPS.set(len(read.unreadable))
         problems = (*bad_rules, *(item.problem for item in read.unreadable))
         for problem in [problem for problem in problems if problem not in self._said][:SHOWN]:
-            log.error("a rule or group is left out", extra=about(problem=problem, left_out=len(problems)))
+            log.error("a security group is not wholly understood", extra=about(problem=problem, problems=len(problems)))
         self._said = problems
 
 

@@ -39,6 +39,8 @@ class Stub:
         self.fault_headers: dict[str, str] = {}
         self.asked: list[Request] = []
         self._tls = tls
+        self.clients: Path | None = None
+        """The authority of the certificates that clients must have, with `tls`."""
         self._port = free_port()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -60,6 +62,8 @@ class Stub:
             timeout_graceful_shutdown=0,
             ssl_certfile=self._tls[0] if self._tls else None,
             ssl_keyfile=self._tls[1] if self._tls else None,
+            ssl_ca_certs=str(self.clients) if self.clients else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if self.clients else ssl.CERT_NONE,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
