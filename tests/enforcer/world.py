@@ -46,6 +46,7 @@ def inside(namespace: str, work: Callable[[], T]) -> T:
 class Namespace:
     def __init__(self, what: str) -> None:
         self.name = f"sbe-{os.getpid()}-{next(_numbers)}-{what}"
+        self.servers: list[Echo] = []
         run(f"ip netns add {self.name}")
         self.ip("link set lo up")
 
@@ -60,6 +61,8 @@ class Namespace:
             self.exec(f"sysctl -qw {name.replace('__', '.')}={value}")
 
     def close(self) -> None:
+        for server in self.servers:
+            server.close()
         with suppress(AssertionError):
             run(f"ip netns del {self.name}")
 
@@ -159,7 +162,7 @@ def is_cut(made: socket.socket) -> bool:
 
 
 class Echo:
-    """Answers what it gets, on TCP and UDP, in a container or a cell."""
+    """Answers what it gets, on TCP and UDP, in a container or a cell, for as long as that stands."""
 
     def __init__(self, namespace: Namespace, port: int) -> None:
         def listen() -> tuple[socket.socket, socket.socket]:
@@ -169,6 +172,8 @@ class Echo:
             return stream, datagram
 
         self.stream, self.datagram = inside(namespace.name, listen)
+        self.connections: list[socket.socket] = []
+        namespace.servers.append(self)
         threading.Thread(target=self._accept, daemon=True).start()
         threading.Thread(target=self._answer, daemon=True).start()
 
@@ -176,6 +181,7 @@ class Echo:
         with suppress(OSError):
             while True:
                 connection, _ = self.stream.accept()
+                self.connections.append(connection)
                 threading.Thread(target=self._repeat, args=(connection,), daemon=True).start()
 
     def _repeat(self, connection: socket.socket) -> None:
@@ -191,11 +197,13 @@ class Echo:
                 if self.datagram.fileno() < 0:
                     return
                 continue
+            if peer is None:  # closed
+                return
             with suppress(OSError):
                 self.datagram.sendto(data, peer)
 
     def close(self) -> None:
-        for sock in (self.stream, self.datagram):
+        for sock in (self.stream, self.datagram, *self.connections):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()

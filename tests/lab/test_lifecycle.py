@@ -14,7 +14,8 @@ def test_missing_programs_are_named_with_their_packages(monkeypatch, tmp_path):
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(lifecycle, "SYSTEM_FOLDERS", ())
-    with pytest.raises(LabError, match=r"missing: ip, iptables-restore, iptables-save, ipset; .*apt-get install"):
+    wanted = r"missing: ip, iptables-restore, iptables-save, ipset, sysctl; .*apt-get install"
+    with pytest.raises(LabError, match=wanted):
         lifecycle.requirements()
 
 
