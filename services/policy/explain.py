@@ -18,11 +18,13 @@ from services.policy.store import Filter, select
 
 MAX_CHANGES = 500
 """How many changes that concern both apps are searched."""
+MAX_BYTES = 4 << 20
+"""How much of the change log is read at most: one change may be of many thousand policies."""
 MAX_REMOVED = 10
-_AT_ONCE = 20
+_AT_ONCE = 10
 
 _OF_BOTH = (
-    "SELECT l.* FROM silkbus_changed_apps a JOIN silkbus_changed_apps b ON b.revision = a.revision"
+    "SELECT l.revision, l.request_id, l.actor, l.changed_at_ms, l.events FROM silkbus_changed_apps a JOIN silkbus_changed_apps b ON b.revision = a.revision"
     " JOIN change_log l ON l.revision = a.revision WHERE a.app = :source AND b.app = :destination"
     " AND l.table_name = 'policies' AND l.revision < :before ORDER BY l.revision DESC LIMIT :limit"
 )
@@ -103,13 +105,14 @@ async def _search(
     """
     sought, added = set(present), dict[Policy, Entry]()
     removed: dict[Policy, Entry] = {}
-    before, searched = 2**62, 0
-    while (len(added) < len(sought) or len(removed) < most) and searched < MAX_CHANGES:
+    before, searched, size = 2**62, 0, 0
+    while (len(added) < len(sought) or len(removed) < most) and searched < MAX_CHANGES and size < MAX_BYTES:
         values: dict[str, Any] = {"source": flow.source, "destination": flow.destination}
         found = await database.fetch_all(_OF_BOTH, {**values, "before": before, "limit": _AT_ONCE})
         for row in found:
             entry = await entry_of(row, flow.source)
             before = entry.revision
+            size += len(row["events"])
             for policy in entry.added:
                 if policy in sought:
                     added.setdefault(policy, entry)
