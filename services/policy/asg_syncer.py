@@ -125,6 +125,10 @@ class Syncer:
         self._final = read.last_update, read.begun
         return True
 
+    def reread(self) -> None:
+        """Read the list next time in any case: the database holds something else than what was written."""
+        self._final = None, 0.0
+
     async def _last_update(self) -> str | None:
         """The time of the last change, as the Cloud Controller writes it; None if it does not tell."""
         if self._internal is None:

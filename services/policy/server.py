@@ -110,6 +110,7 @@ async def serve(settings: PolicySettings) -> None:
             if sources is not None:
                 groups = SecurityGroups(groups_ledger, groups_publisher.committed)
                 upkeep = Upkeep(ledger.database, sources, groups, store, settings)
+                groups_publisher.listen(upkeep.mirrored)
                 tasks.create_task(upkeep.run())
             gateway = Gateway(
                 store,

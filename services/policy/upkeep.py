@@ -17,6 +17,7 @@ from databases import Database
 from prometheus_client import Gauge
 
 from bus.log import about
+from bus.tables.publisher import Mirrored
 from services.policy import asg_syncer, cleanup
 from services.policy.asg_syncer import SETTLING_SECONDS, Syncer
 from services.policy.cc_api import Api
@@ -59,12 +60,18 @@ class Upkeep:
         self._sources = sources
         self._groups = groups
         self._settings = settings
+        self._syncer: Syncer | None = None
         self._synced_at = 0.0
         self._troubles: dict[str, str] = {}
 
     async def run(self) -> None:
         """Lead when nobody else does, for ever."""
         await self._leadership.run(self._lead)
+
+    def mirrored(self, mirrored: Mirrored) -> None:
+        """To be told of the mirror of the security groups: a restored database is not what was last written."""
+        if mirrored.reloaded and self._syncer is not None:
+            self._syncer.reread()
 
     def state(self) -> str:
         """For people: who keeps security groups and policies up, and what is wrong with it."""
@@ -90,7 +97,7 @@ class Upkeep:
             LEADS.set(0)
 
     async def _sync(self, fence: Fence) -> None:
-        syncer = Syncer(self._sources.controller, self._sources.internal, self._groups)
+        syncer = self._syncer = Syncer(self._sources.controller, self._sources.internal, self._groups)
         interval = float(self._settings.asg_poll_interval_seconds)
         while True:
             final = True

@@ -191,6 +191,18 @@ async def test_from_time_to_time_the_list_is_read_whatever_the_time_says(sync: S
     assert await sync.names() == ["a", "b"]
 
 
+async def test_after_a_restore_of_our_own_database_the_list_is_read(sync: Sync) -> None:
+    sync.stub.groups = {"a": security_group("a")}
+    sync.stub.last_update = "2026-11-23T10:00:00Z"
+    await sync.syncer.sync()
+    sync.now += 10
+    assert await sync.syncer.sync()
+    await sync.ledger.database.execute("DELETE FROM silkbus_security_groups")
+    sync.syncer.reread()
+    await sync.syncer.sync()
+    assert await sync.names() == ["a"]
+
+
 async def test_a_list_that_changes_while_it_is_read_is_read_again(sync: Sync) -> None:
     """A group goes from the first page and another comes: without a second look c, on neither page, were lost."""
     sync.stub.per_page = 2

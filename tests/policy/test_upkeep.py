@@ -3,9 +3,10 @@
 import asyncio
 import re
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,28 @@ def test_a_cloud_controller_that_is_away_is_said_and_harms_nobody(
     stub.fault = None
     wait_until(lambda: "failed" not in readyz(server))
     assert server.log.count("the sync of security groups failed, what was there is kept") == 1, "not each time"
+
+
+def test_a_restored_database_is_brought_up_to_date(
+    stub: CloudControllerStub, make: Callable[..., PolicyServer], tmp_path: Path
+) -> None:
+    """What was synced after the dump comes again, though the Cloud Controller says that nothing has changed."""
+    stub.groups = {"a": security_group("a")}
+    stub.last_update = "2026-11-23T10:00:00Z"
+    server = make()
+    wait_until(lambda: groups(server) == 1)
+    with closing(sqlite3.connect(tmp_path / "policy.db")) as database, closing(sqlite3.connect(":memory:")) as dump:
+        database.backup(dump)
+        stub.groups["b"] = security_group("b")
+        stub.last_update = "2026-11-23T10:00:01Z"
+        wait_until(lambda: groups(server) == 2)
+        skipped = 'silkbus_asg_syncs_total{outcome="skipped"}'
+        before = metric(server, skipped)
+        wait_until(lambda: metric(server, skipped) > before)
+        dump.backup(database)
+        rows = "SELECT guid FROM silkbus_security_groups ORDER BY guid"
+        assert database.execute(rows).fetchall() == [("a",)]
+        wait_until(lambda: database.execute(rows).fetchall() == [("a",), ("b",)])
 
 
 def test_clean_up_on_demand(stub: CloudControllerStub, make: Callable[..., PolicyServer]) -> None:
