@@ -24,7 +24,8 @@ MAX_REMOVED = 10
 _AT_ONCE = 10
 
 _OF_BOTH = (
-    "SELECT l.revision, l.request_id, l.actor, l.changed_at_ms, l.events FROM silkbus_changed_apps a JOIN silkbus_changed_apps b ON b.revision = a.revision"
+    "SELECT l.revision, l.request_id, l.actor, l.changed_at_ms, l.events"
+    " FROM silkbus_changed_apps a JOIN silkbus_changed_apps b ON b.revision = a.revision"
     " JOIN change_log l ON l.revision = a.revision WHERE a.app = :source AND b.app = :destination"
     " AND l.table_name = 'policies' AND l.revision < :before ORDER BY l.revision DESC LIMIT :limit"
 )
