@@ -7,6 +7,7 @@ that one or a later one of the same database (epoch).
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,13 @@ from bus.connection import Connection
 from bus.decode import Malformed
 from bus.messages import CELL_SILENT, CellName, CellState, Lease, Revision, cell_name
 from bus.tables import LEASES, Publisher, Replica, Update
+from bus.tables.publisher import Mirrored
 from bus.wire import decode
 
 log = logging.getLogger(__name__)
 
+RESTORED_SECONDS = 30.0
+"""For so long after a database was restored, a cell that is ahead of it is one that has not noticed yet."""
 MAX_CELLS = 20_000
 """Cells that are remembered, of those that hold a lease and those that do not."""
 
@@ -67,7 +71,9 @@ class Realisation:
         self._changed = asyncio.Event()
         self._leases.listen(self._on_leases)
         connection.on_connect(self._on_connect)
-        publisher.listen(lambda _: self._wake())
+        self._read = False
+        self._restored_at = -math.inf
+        publisher.listen(self._on_policies)
 
     @property
     def leases(self) -> Replica[Lease]:
@@ -101,12 +107,16 @@ class Realisation:
             silent = now - (self._since if heard is None else max(heard.at, self._since))
             if silent > CELL_SILENT:
                 unreachable.append((cell, None if heard is None else now - heard.at))
-            elif heard is None:
+                continue
+            if heard is None:
                 behind.append((cell, None, "not heard of yet"))
-            elif heard.state.epoch == self._publisher.epoch and heard.state.revision >= wanted:
+                continue
+            # A cell may be ahead of this server, by a change of another server's.
+            ahead = heard.state.revision > head and now - self._restored_at < RESTORED_SECONDS
+            same = heard.state.epoch == self._publisher.epoch and not ahead
+            if same and heard.state.revision >= wanted:
                 enforcing.append(cell)
             else:
-                same = heard.state.epoch == self._publisher.epoch
                 behind.append((cell, heard.state.revision if same else None, heard.state.problem))
         return Status(
             wanted,
@@ -139,6 +149,12 @@ class Realisation:
         for cell in gone:
             if now - self._cells[cell].at > CELL_SILENT:
                 del self._cells[cell]
+        self._wake()
+
+    def _on_policies(self, mirrored: Mirrored) -> None:
+        if mirrored.reloaded and self._read:
+            self._restored_at = time.monotonic()
+        self._read = True
         self._wake()
 
     def _on_connect(self) -> None:

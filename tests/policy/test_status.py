@@ -159,6 +159,22 @@ async def test_status_tells_who_enforces_and_who_does_not(world: tuple[PolicySer
         assert api.get(STATUS).json()["behind"]["cells"][0] == {"cell": "a", "revision": None, "problem": None}
 
 
+async def test_a_cell_that_is_ahead_of_a_restored_database_is_behind(world: tuple[PolicyServer, Cells]) -> None:
+    server, cells = world
+    with server.client() as api:
+        api.post(POLICIES, json=body(policy("x", "y1"))).raise_for_status()
+        with sqlite3.connect(server.folder / "policy.db") as live, sqlite3.connect(":memory:") as dump:
+            live.backup(dump)
+            api.post(POLICIES, json=body(policy("x", "y2"))).raise_for_status()
+            await cells.say("a", 2)
+            await eventually(lambda: api.get(STATUS).json()["enforcing"]["count"] == 1, WAIT)
+            dump.backup(live)
+        await eventually(lambda: api.get(STATUS).json()["head"] == 1, WAIT)
+        assert {"cell": "a", "revision": None, "problem": None} in api.get(STATUS).json()["behind"]["cells"]
+        await cells.say("a", 1)
+        await eventually(lambda: api.get(STATUS).json()["enforcing"]["cells"] == ["a"], WAIT)
+
+
 async def test_a_cell_that_falls_silent_is_unreachable_and_comes_back(world: tuple[PolicyServer, Cells]) -> None:
     server, cells = world
     with server.client() as api:
