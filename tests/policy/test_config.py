@@ -92,6 +92,7 @@ def test_keys_become_settings(tmp_path: Path) -> None:
         "SILKBUS_LOG_LEVEL": "info",
         "SILKBUS_TAG_LENGTH": "2",
         "SILKBUS_MAX_POLICIES": "150",
+        "SILKBUS_CLEANUP_INTERVAL": "3600",
         "SILKBUS_ALLOWED_CORS_DOMAINS": "",
         "SILKBUS_DATABASE": "postgresql://network_policy:p%40ss%3A%2Fw@sql.service.cf.internal:5432/network_policy",
         "SILKBUS_DATABASE_CONNECT_TIMEOUT": "120",
