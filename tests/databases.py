@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ KINDS = ("sqlite", "postgresql", "mysql")
 _numbers = itertools.count(1)
 
 
-class Server:
+class Server(ABC):
     """One database server. Started again after `kill`, it has what was committed."""
 
     user: ClassVar[str]
@@ -45,24 +46,24 @@ class Server:
             shutil.chown(folder, self.user)
         self._create()
 
-    def url(self, database: str, port: int | None = None) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def url(self, database: str, port: int | None = None) -> str: ...
 
+    @abstractmethod
     def sql(self, *statements: str, database: str = "") -> None:
         """Run SQL as the administrator, from outside."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _create(self) -> None:
         """Make the data folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _command(self) -> Sequence[str]:
         """What runs the server in the foreground."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _ready(self) -> Sequence[str]:
         """A command that succeeds when the server takes connections."""
-        raise NotImplementedError
 
     def start(self) -> None:
         self.launch()

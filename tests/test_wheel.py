@@ -50,10 +50,11 @@ def test_entry_points(wheel: zipfile.ZipFile) -> None:
         "silkbus-enforcer",
         "silkbus-networker",
         "silkbus-policy-server",
+        "silkbus-policy-server-internal",
         "silkbus-silk-controller",
         "silkbus-silk-worker",
     }
-    assert {"demo", "install-cni", "lab"} <= set(parser["silkbus.commands"])
+    assert set(parser["silkbus.commands"]) == {"demo", "install-cni", "lab", "nats-config", "policy"}
     for section in parser.sections():
         for target in parser[section].values():
             module, _, function = target.partition(":")
@@ -62,7 +63,14 @@ def test_entry_points(wheel: zipfile.ZipFile) -> None:
 
 
 def test_every_service_says_its_settings() -> None:
-    for program in ("enforcer", "networker", "policy-server", "silk-controller", "silk-worker"):
+    for program in (
+        "enforcer",
+        "networker",
+        "policy-server",
+        "policy-server-internal",
+        "silk-controller",
+        "silk-worker",
+    ):
         command = [str(Path(sys.executable).with_name(f"silkbus-{program}")), "--help"]
         help_text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
         assert "settings (key in FILE, or SILKBUS_KEY in the environment)" in help_text

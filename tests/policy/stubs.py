@@ -9,6 +9,7 @@ import json
 import ssl
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ LOGIN = ("policy-server", "s3cret:&%")
 ISSUER = "https://uaa.example.com/oauth/token"
 
 
-class Stub:
+class Stub(ABC):
     """One HTTP server. `fault`, while set, is what becomes of every request: hang, garbage, a list, or a status."""
 
     def __init__(self, tls: tuple[Path, Path] | None = None) -> None:
@@ -97,8 +98,8 @@ class Stub:
                 return JSONResponse({"error": "stub"}, status, headers=self.fault_headers)
         return await self.answer(request)
 
-    async def answer(self, request: Request) -> Response:
-        raise NotImplementedError
+    @abstractmethod
+    async def answer(self, request: Request) -> Response: ...
 
 
 class Uaa(Stub):
