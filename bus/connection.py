@@ -41,6 +41,7 @@ CHECK_INTERVAL = 2.0
 CHECK_TIMEOUT = 3
 MAX_BACKOFF = 5.0
 CLOSE_TIMEOUT = 2.0
+ENDING_SECONDS = 0.05
 STABLE_SECONDS = 10.0
 MAX_BACKLOG_BYTES = 64 << 20
 
@@ -106,7 +107,10 @@ class Connection:
         """Whether there is a connection within `timeout` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await self._connected.wait()
+                while not self.connected:
+                    # A client that ended counts as the connection until its keeper hears of it. Waiting for an event
+                    # that is set does not let the keeper run.
+                    await (asyncio.sleep(ENDING_SECONDS) if self._connected.is_set() else self._connected.wait())
         return self.connected
 
     def jetstream(self, timeout: float) -> JetStreamContext:

@@ -9,6 +9,7 @@ from bus.connection import Connection, connect
 from bus.credentials import Credentials
 from bus.decode import Malformed
 from bus.settings import ServiceSettings, SettingsError, load
+from tests.nats_server import NatsServer
 
 
 async def test_one_that_is_let_in_and_thrown_out_does_not_come_back_in_a_hot_loop() -> None:
@@ -58,3 +59,20 @@ def test_credentials_are_settings_and_all_or_none() -> None:
     for missing in given:
         with pytest.raises((SettingsError, Malformed), match="set all three"):
             load(ServiceSettings, None, {name: value for name, value in given.items() if name != missing})
+
+
+async def test_waiting_for_a_connection_that_is_ending_lets_the_others_run(nats_server: NatsServer) -> None:
+    """It once went round and round without ever giving way, so that even its own time-out never came."""
+    async with connect(nats_server.url, role="server", name="one") as connection:
+        assert await connection.wait_connected(10)
+        client = connection._client
+        assert client is not None
+        ending = asyncio.create_task(client.close())
+        while connection.connected:
+            await asyncio.sleep(0)
+        waits = 0
+        while not await connection.wait_connected(0.2):
+            waits += 1
+            assert waits < 100
+        assert connection._client is not client
+        await ending
