@@ -31,7 +31,7 @@ from bus.credentials import Credentials
 from bus.decode import Fields, Malformed
 from bus.log import about
 from bus.micro import MALFORMED, PartsAnswerer
-from bus.process import check_cancelled
+from bus.process import cancellation_heeded
 from bus.wire import decode, encode
 
 log = logging.getLogger(__name__)
@@ -184,8 +184,8 @@ class Connection:
         if client is None or not client.is_connected:
             raise BusAway(f"no connection to NATS at {', '.join(self.servers)}")
         try:
-            answer = await client.request(subject, encode(message), timeout=timeout)
-            check_cancelled()
+            with cancellation_heeded():
+                answer = await client.request(subject, encode(message), timeout=timeout)
         except nats.errors.NoRespondersError:
             raise NoAnswer(f"nobody serves {subject}") from None
         except (nats.errors.TimeoutError, TimeoutError):
@@ -204,12 +204,13 @@ class Connection:
             raise BusAway(f"no connection to NATS at {', '.join(self.servers)}")
         try:
             inbox = client.new_inbox()
-            subscription = await client.subscribe(inbox)
+            with cancellation_heeded():
+                subscription = await client.subscribe(inbox)
             try:
                 await client.publish(subject, encode(message), reply=inbox)
                 while True:
-                    part: Msg = await subscription.next_msg(timeout=timeout)
-                    check_cancelled()
+                    with cancellation_heeded():
+                        part: Msg = await subscription.next_msg(timeout=timeout)
                     if part.headers and part.headers.get("Status") == "503":
                         raise NoAnswer(f"nobody serves {subject}")
                     yield decode(part.data, f"answer to {subject}")
@@ -284,33 +285,33 @@ class Connection:
                 log.warning("NATS client reports an error", extra=about(error=repr(error)))
 
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT * 3):
-                if self.credentials is not None:
-                    options["tls"] = await asyncio.to_thread(self.credentials.context)
-                # One address per client: which one is tried when is decided here, not in the client.
-                await client.connect(
-                    servers=[self._next_server()],
-                    name=self.name,
-                    allow_reconnect=False,
-                    connect_timeout=CONNECT_TIMEOUT,
-                    disconnected_cb=on_end,
-                    closed_cb=on_end,
-                    error_cb=on_error,
-                    inbox_prefix=self.inbox_prefix,
-                    **options,
-                )
-                if self.credentials is not None and not client._server_info.get("tls_required"):
-                    # The client believes the server's first, open words; whoever is in between could say no TLS.
-                    raise nats.errors.SecureConnRequiredError
-                made = 0
-                while True:
-                    for subscription in self._subscriptions[made:]:
-                        await self._subscribe(client, subscription)
-                        made += 1
-                    await client.flush(timeout=CHECK_TIMEOUT)
-                    check_cancelled()
-                    if made == len(self._subscriptions):  # others may be added while the server confirms these
-                        break
+            with cancellation_heeded():
+                async with asyncio.timeout(CONNECT_TIMEOUT * 3):
+                    if self.credentials is not None:
+                        options["tls"] = await asyncio.to_thread(self.credentials.context)
+                    # One address per client: which one is tried when is decided here, not in the client.
+                    await client.connect(
+                        servers=[self._next_server()],
+                        name=self.name,
+                        allow_reconnect=False,
+                        connect_timeout=CONNECT_TIMEOUT,
+                        disconnected_cb=on_end,
+                        closed_cb=on_end,
+                        error_cb=on_error,
+                        inbox_prefix=self.inbox_prefix,
+                        **options,
+                    )
+                    if self.credentials is not None and not client._server_info.get("tls_required"):
+                        # The client believes the server's first, open words; whoever is in between could say no TLS.
+                        raise nats.errors.SecureConnRequiredError
+                    made = 0
+                    while True:
+                        for subscription in self._subscriptions[made:]:
+                            await self._subscribe(client, subscription)
+                            made += 1
+                        await client.flush(timeout=CHECK_TIMEOUT)
+                        if made == len(self._subscriptions):  # others may be added while the server confirms these
+                            break
         except BaseException:
             await _close(client)
             raise
@@ -336,12 +337,12 @@ class Connection:
                     await ended.wait()
                 return
             try:
-                async with asyncio.timeout(CHECK_TIMEOUT + 1):
-                    await client.flush(timeout=CHECK_TIMEOUT)
+                with cancellation_heeded():
+                    async with asyncio.timeout(CHECK_TIMEOUT + 1):
+                        await client.flush(timeout=CHECK_TIMEOUT)
             except (nats.errors.Error, OSError, TimeoutError) as error:
                 log.warning("NATS does not answer", extra=about(error=repr(error)))
                 return
-            check_cancelled()
 
 
 def explain(error: BaseException | None, credentials: Credentials | None) -> str:

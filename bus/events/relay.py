@@ -84,6 +84,7 @@ class Relay:
         """Add events until the stream ends with the last one of the change log."""
         wait = OVERTAKEN_SECONDS
         while True:
+            check_cancelled()
             jetstream = self._connection.jetstream(TIMEOUT)
             epoch, head = await self._ledger.head()
             end = await self._stream.end(jetstream)

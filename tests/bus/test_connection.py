@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +77,16 @@ async def test_waiting_for_a_connection_that_is_ending_lets_the_others_run(nats_
             assert waits < 100
         assert connection._client is not client
         await ending
+
+
+async def test_it_ends_when_told_to_while_the_server_refuses_it(tmp_path: Path) -> None:
+    """nats-py forgets a cancellation now and then; one forgotten was a connection tried for ever after its end."""
+    server = NatsServer(tmp_path, "--user", "somebody", "--pass", "else")
+    server.start()
+    try:
+        async with asyncio.timeout(120):
+            for number in range(400):
+                async with connect(server.url, role="server", name="one"):
+                    await asyncio.sleep(number % 40 / 2000)
+    finally:
+        server.stop()
