@@ -1,6 +1,7 @@
 """A real nats-server of a test's own, on a free port of loopback, that can be paused, killed and restarted."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,9 +20,19 @@ def program() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on, below those that the kernel gives to outgoing connections.
+
+    So nothing but another server can take it between this look and its use.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().randint(12_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port between 12000 and 32000")
 
 
 class NatsServer:
@@ -39,13 +50,14 @@ class NatsServer:
         command = [program(), "-a", "127.0.0.1", "-p", str(self.port), "-l", str(self.folder / "nats.log")]
         self.process = subprocess.Popen([*command, *self.arguments])
         deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
                 return
             except OSError:
                 time.sleep(0.02)
-        raise TimeoutError(f"nats-server did not listen on {self.port}")
+        said = (self.folder / "nats.log").read_text(errors="replace")[-2000:]
+        raise TimeoutError(f"nats-server does not listen on {self.port} (exit status {self.process.poll()}):\n{said}")
 
     def stop(self) -> None:
         if self.process is not None:
