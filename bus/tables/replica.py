@@ -5,6 +5,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -31,6 +32,7 @@ MAX_TABLE_BYTES = 1 << 30
 CONFIRM_SAVE_SECONDS = 60.0
 """How often an unchanged state is written again, so that its time of confirmation does not grow old on disk."""
 RETRY_SAVE_SECONDS = 10.0
+SAVE_SECONDS = 0.05
 MAX_STALE = 7 * 24 * 3600.0
 
 
@@ -65,7 +67,7 @@ class Replica(Generic[V]):
         self._follower: Follower[V] | None = None
         self._usable = asyncio.Event()
         self._wake = asyncio.Event()
-        self._changed = False
+        self._changed = asyncio.Event()
         self._failure: Exception | None = None
 
     @property
@@ -159,7 +161,7 @@ class Replica(Generic[V]):
         return first, decompress(joined)
 
     def _emit(self, update: Update[V]) -> None:
-        self._changed = True
+        self._changed.set()
         for listener in self._listeners:
             listener(update)
 
@@ -190,27 +192,29 @@ class Replica(Generic[V]):
         """Write the state after it changed, or was confirmed a while; busy for a twentieth of the time at most."""
         if self._cache is None:
             return
-        saved_at = boot_clock()
-        wait = 1.0
+        wait = SAVE_SECONDS
         while True:
-            await asyncio.sleep(wait)
-            due = self._changed or boot_clock() - saved_at > CONFIRM_SAVE_SECONDS
-            if not due or follower.confirmed_at is None or not follower.content.epoch:
+            # Wakes for a change, so that little is lost if the process dies, and idle costs nothing.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CONFIRM_SAVE_SECONDS):
+                    await self._changed.wait()
+            await asyncio.sleep(wait)  # what else changes now is written with it
+            if follower.confirmed_at is None or not follower.content.epoch:
+                self._changed.clear()
                 continue
             begun = boot_clock()
-            self._changed = False
+            self._changed.clear()
             # A copy, made at once, since packing a large table takes longer than the event loop should be kept waiting.
             content = replace(follower.content, entries=dict(follower.content.entries))
             age = begun - follower.confirmed_at
             try:
                 await asyncio.to_thread(cache.store, self._cache, content, self._table.name, age)
             except OSError as error:
-                self._changed = True
+                self._changed.set()
                 log.error("table cache not written", extra=about(file=str(self._cache), error=str(error)))
                 wait = RETRY_SAVE_SECONDS
                 continue
-            saved_at = boot_clock()
-            wait = max(1.0, 20 * (saved_at - begun))
+            wait = max(SAVE_SECONDS, 20 * (boot_clock() - begun))
 
 
 def decompress(data: bytes) -> bytes:

@@ -119,6 +119,8 @@ def connect(timeout: float, targets: list[Target]) -> None:
                 # Accepted is who sends its greeting: that proves that the right container answered, and both ways.
                 greeting = sock.recv(4096).decode(errors="replace").partition("\n")[0]
                 result = {"outcome": ACCEPTED, "by": greeting}
+            except BlockingIOError:
+                continue  # woken for nothing: neither a greeting nor an error yet
             except OSError as error:
                 result = {"outcome": REFUSED, "error": errno.errorcode.get(error.errno or 0, str(error))}
             results[key.data] = {**result, "milliseconds": round((time.monotonic() - begun) * 1000, 3)}

@@ -1,5 +1,6 @@
 """The services of a lab: which process runs where, with which settings, and how one sees that it is ready."""
 
+import random
 import shutil
 import socket
 import sys
@@ -17,6 +18,7 @@ UNDERLAY = "172.31.250"
 CENTRE_ADDRESS = f"{UNDERLAY}.2"
 OVERLAY = "10.254.0.0/16"
 NATS_PORT = 4222
+GATEWAY_PORTS = range(12_000, 32_000)
 
 CENTRE = ("nats", "silk-controller", "policy-server")
 CELL = ("silk-worker", "enforcer", "networker")
@@ -121,8 +123,16 @@ def _problem(where: Path | int) -> str | None:
 
 
 def listener(port: int) -> socket.socket:
-    """A listening socket on the host's loopback, on this port or any: it keeps its namespace wherever it goes."""
-    try:
-        return socket.create_server(("127.0.0.1", port), backlog=1024)
-    except OSError as error:
-        raise LabError(f"the gateway's port 127.0.0.1:{port} cannot be had: {error.strerror}") from None
+    """A listening socket on the host's loopback, on this port or (0) any: it keeps its namespace wherever it goes.
+
+    Any is one below those that the kernel gives to outgoing connections, so that a service that was killed gets its own
+    again.
+    """
+    tries = [port] if port else random.SystemRandom().sample(GATEWAY_PORTS, 100)
+    for number, each in enumerate(tries, 1):
+        try:
+            return socket.create_server(("127.0.0.1", each), backlog=1024)
+        except OSError as error:
+            if number == len(tries):
+                raise LabError(f"the gateway's port 127.0.0.1:{each} cannot be had: {error.strerror}") from None
+    raise AssertionError("there is a last one")

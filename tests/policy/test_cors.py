@@ -92,8 +92,8 @@ def test_tls(tls: tuple[PolicyServer, ssl.SSLContext]) -> None:
             assert answer.status_code == status
             assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
         assert client.options(url + POLICIES).headers["Strict-Transport-Security"] == "max-age=31536000"
-    with pytest.raises(httpx.HTTPError):
-        httpx.get(server.url, trust_env=False)
+    plain = httpx.get(server.url, trust_env=False)
+    assert (plain.status_code, plain.text) == (400, "Client sent an HTTP request to an HTTPS server.\n")
 
 
 def test_nothing_older_than_tls_1_2(tmp_path: Path) -> None:
