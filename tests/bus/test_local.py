@@ -67,7 +67,7 @@ def test_nobody_else_can_reach_the_socket_whatever_the_umask(tmp_path: Path) -> 
         os.umask(before)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.kernel
 async def test_another_user_is_cut_off_even_where_the_file_lets_him_in(tmp_path: Path) -> None:
     path = tmp_path / "run" / "x.sock"
     call = (

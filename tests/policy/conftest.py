@@ -6,6 +6,7 @@ import pytest
 
 from tests.databases import database, mariadb, postgresql
 from tests.policy.server import POLICIES, PolicyServer
+from tests.policy.stubs import CloudControllerStub, Uaa
 
 __all__ = ["database", "mariadb", "postgresql"]
 
@@ -34,3 +35,16 @@ def server(tmp_path: Path) -> Iterator[PolicyServer]:
     server = PolicyServer(tmp_path)
     yield server
     server.close()
+
+
+@pytest.fixture
+def stub() -> Iterator[CloudControllerStub]:
+    """A Cloud Controller with a UAA beside it, for tests that make it err."""
+    uaa = Uaa()
+    uaa.start()
+    stub = CloudControllerStub(uaa)
+    stub.start()
+    yield stub
+    stub.fault = None
+    stub.stop()
+    uaa.stop()

@@ -1,7 +1,7 @@
 """Security groups follow the Cloud Controller, whatever it answers; one that does not change costs nothing."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from services.policy.migrate import open_ledger, security_groups_ledger
 from services.policy.remote import Answer
 from services.policy.security_groups import Difference, SecurityGroups, entries
 from tests.databases import EmptyDatabase
-from tests.policy.stubs import CloudControllerStub, Uaa, own_token, remote, rule, security_group
+from tests.policy.stubs import CloudControllerStub, own_token, remote, rule, security_group
 
 OPTIONS = DatabaseOptions()
 
@@ -44,18 +44,6 @@ class Sync:
 
     def lists(self) -> int:
         return len(self.stub.asked_for("/v3/security_groups"))
-
-
-@pytest.fixture
-def stub() -> Iterator[CloudControllerStub]:
-    uaa = Uaa()
-    uaa.start()
-    stub = CloudControllerStub(uaa)
-    stub.start()
-    yield stub
-    stub.fault = None
-    stub.stop()
-    uaa.stop()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Policies of deleted apps are removed, and only those: with a real database, and a Cloud Controller that errs."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,7 @@ from services.policy.leadership import Deposed
 from services.policy.migrate import open_ledger
 from services.policy.store import Filter, Store
 from services.policy.tag_pool import TagPool
-from tests.policy.stubs import CloudControllerStub, Uaa, own_token, remote
-
-
-@pytest.fixture
-def stub() -> Iterator[CloudControllerStub]:
-    uaa = Uaa()
-    uaa.start()
-    stub = CloudControllerStub(uaa)
-    stub.start()
-    yield stub
-    stub.fault = None
-    stub.stop()
-    uaa.stop()
+from tests.policy.stubs import CloudControllerStub, own_token, remote
 
 
 @pytest.fixture

@@ -32,18 +32,6 @@ PATH = "/networking/{version}/external/policies/cleanup"
 
 
 @pytest.fixture
-def stub() -> Iterator[CloudControllerStub]:
-    uaa = Uaa()
-    uaa.start()
-    stub = CloudControllerStub(uaa)
-    stub.start()
-    yield stub
-    stub.fault = None
-    stub.stop()
-    uaa.stop()
-
-
-@pytest.fixture
 def make(stub: CloudControllerStub, tmp_path: Path) -> Iterator[Callable[..., PolicyServer]]:
     """Makes and starts servers on one database."""
     with ExitStack() as stack:
