@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any, NewType
 
 from bus.decode import Fields, Malformed
+from bus.security_groups import EgressRule, SpaceId
 from bus.security_groups import SecurityGroup as SecurityGroup
 from bus.security_groups import decode_security_group_entry as decode_security_group_entry
 
@@ -142,13 +143,64 @@ class Stage(StrEnum):
     REMOVING = "removing"
 
 
+class Workload(StrEnum):
+    """What a container is for (contract/cell.md 2.4 d): which security groups and deny networks concern it."""
+
+    APP = "app"
+    TASK = "task"
+    STAGING = "staging"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PortForward:
+    """What arrives at `host_port` of this cell goes to `container_port` of the container.
+
+    `host_address` is the cell's address that it must arrive at; None is the cell's own underlay address.
+    """
+
+    host_port: int
+    container_port: int
+    protocol: Protocol = Protocol.TCP
+    host_address: IPv4Address | None = None
+
+    def __post_init__(self) -> None:
+        for name, port in (("host_port", self.host_port), ("container_port", self.container_port)):
+            if not 1 <= port <= 65535:
+                raise Malformed(f"port forwarding: {name}: must be in 1..65535, not {port}")
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "host_port": self.host_port,
+            "container_port": self.container_port,
+            "protocol": str(self.protocol),
+            "host_address": None if self.host_address is None else str(self.host_address),
+        }
+
+    @classmethod
+    def decode(cls, value: object, where: str = "port forwarding") -> "PortForward":
+        fields = Fields(value, where)
+        protocol = fields.text("protocol")
+        if protocol not in tuple(Protocol):
+            raise fields.malformed("protocol", f"must be one of {', '.join(Protocol)}, not {protocol!r}")
+        return cls(
+            fields.integer("host_port"),
+            fields.integer("container_port"),
+            Protocol(protocol),
+            fields.address("host_address") if "host_address" in fields else None,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Container:
     """One container on this cell: the record the networker keeps and the enforcer enforces.
 
     `app` is the policy group whose policies apply; without one the container has none. `address` and `interface` (its
     link in the cell's namespace; absent when another CNI plugin attached it without one) are known once attached.
-    `metadata` is what the runtime gave us, unread: org, space and log identity for those who need them.
+    `workload` and `space` say which security groups are its; None where the runtime does not say. `ports` are those
+    the app listens on. `egress` is what its runtime's specification lets out, the security groups as they were when it
+    was made, in force where the table of security groups is not used; `opened` is what the runtime let out since, in
+    force whatever the groups say. `metadata` is what the runtime gave us, unread: org and log identity for those who
+    need them. A record of an earlier version has none of workload to opened.
     """
 
     handle: Handle
@@ -157,6 +209,12 @@ class Container:
     app: AppId | None = None
     address: IPv4Address | None = None
     interface: str | None = None
+    workload: Workload | None = None
+    space: SpaceId | None = None
+    ports: tuple[int, ...] = ()
+    forwards: tuple[PortForward, ...] = ()
+    egress: tuple[EgressRule, ...] = ()
+    opened: tuple[EgressRule, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self) -> dict[str, Any]:
@@ -167,6 +225,12 @@ class Container:
             "app": self.app,
             "address": None if self.address is None else str(self.address),
             "interface": self.interface,
+            "workload": None if self.workload is None else str(self.workload),
+            "space": self.space,
+            "ports": list(self.ports),
+            "forwards": [forward.encode() for forward in self.forwards],
+            "egress": [rule.encode() for rule in self.egress],
+            "opened": [rule.encode() for rule in self.opened],
             "metadata": dict(self.metadata),
         }
 
@@ -177,6 +241,13 @@ class Container:
         if stage not in tuple(Stage):
             raise fields.malformed("stage", f"must be one of {', '.join(Stage)}, not {stage!r}")
         app = fields.optional_text("app", max_length=MAX_APP_ID)
+        workload = fields.optional_text("workload")
+        if workload is not None and workload not in tuple(Workload):
+            raise fields.malformed("workload", f"must be one of {', '.join(Workload)}, not {workload!r}")
+        space = fields.optional_text("space", max_length=MAX_APP_ID)
+        ports = _some(fields, "ports")
+        if not all(type(port) is int and 1 <= port <= 65535 for port in ports):
+            raise fields.malformed("ports", f"must be in 1..65535, not {ports!r}")
         return cls(
             handle=Handle(fields.text("handle")),
             netns=fields.text("netns"),
@@ -184,8 +255,18 @@ class Container:
             app=None if app is None else AppId(app),
             address=fields.address("address") if "address" in fields else None,
             interface=fields.optional_text("interface", max_length=15),
+            workload=None if workload is None else Workload(workload),
+            space=None if space is None else SpaceId(space),
+            ports=tuple(ports),
+            forwards=tuple(PortForward.decode(item, f"{where}: forwards") for item in _some(fields, "forwards")),
+            egress=tuple(EgressRule.decode(item, f"{where}: egress") for item in _some(fields, "egress")),
+            opened=tuple(EgressRule.decode(item, f"{where}: opened") for item in _some(fields, "opened")),
             metadata=fields.mapping("metadata") if "metadata" in fields else {},
         )
+
+
+def _some(fields: Fields, name: str) -> list[Any]:
+    return list(fields.items(name)) if name in fields else []
 
 
 # The tables on the bus. A key is a tuple of texts; a value is always whole. Decoders give typed values.
