@@ -18,11 +18,11 @@ from urllib.parse import parse_qsl
 from starlette.types import Receive, Scope, Send
 
 from bus.decode import Malformed
+from bus.json_input import get_text, parse
 from bus.log import about
 from bus.messages import MAX_APP_ID, AppId, Tag
 from services.policy.endpoint import ERRORS, REQUESTS
 from services.policy.group_view import GroupView
-from services.policy.json_input import get_text, parse
 from services.policy.policy_view import SETTLE_SECONDS, Body, PolicyView
 from services.policy.store import OtherType, Store
 from services.policy.tag_pool import TagsExhausted

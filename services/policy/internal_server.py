@@ -18,25 +18,25 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from bus.connection import connect
+from bus.debug import debugging
 from bus.decode import Malformed
+from bus.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
 from bus.local import Health, serving
 from bus.log import about, setup
 from bus.process import run
 from bus.settings import from_command_line
 from bus.tables import POLICIES, SECURITY_GROUPS, Publisher
+from bus.tls_server import TlsServer
 from services.policy import security_groups
-from services.policy.debug import debugging
 from services.policy.gateway import go_duration
 from services.policy.group_view import GroupView
 from services.policy.instance import instance
 from services.policy.internal_api import MAX_AGE, InternalApi
 from services.policy.internal_settings import InternalSettings
-from services.policy.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
 from services.policy.migrate import CannotOpen, open_ledger, security_groups_ledger
 from services.policy.policy_view import PolicyView
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
-from services.policy.tls_server import TlsServer
 
 PROGRAM = "silkbus-policy-server-internal"
 CHECK_TIMEOUT = 5.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bus.decode import Malformed
 from bus.settings import CentralSettings, setting
-from services.policy.tls_server import mutual_tls
+from bus.tls_server import mutual_tls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

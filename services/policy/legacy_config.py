@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from bus.decode import Malformed
-from services.policy.json_input import Object, get_flag, get_integer, get_object, get_text, get_texts, parse
+from bus.json_input import Object, get_flag, get_integer, get_object, get_text, get_texts, parse
 
 JOB = "policy-server"
 _PREFIX = "cfnetworking"

@@ -12,22 +12,23 @@ import time
 from pathlib import Path
 
 from bus.connection import connect
+from bus.debug import debugging
 from bus.decode import Malformed
 from bus.events import Relay
 from bus.ledger import Outcome
+from bus.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
 from bus.local import HttpServer, serving
 from bus.log import about, setup
 from bus.process import run
 from bus.settings import SettingsError, command_line, load, refuse
 from bus.tables import POLICIES, SECURITY_GROUPS, Publisher
+from bus.tls_server import TlsServer
 from services.policy import legacy_config, security_groups
 from services.policy.authority import open_authority
-from services.policy.debug import debugging
 from services.policy.event_feed import EventFeed
 from services.policy.gateway import Gateway
 from services.policy.history import History
 from services.policy.instance import instance
-from services.policy.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
 from services.policy.listing import Listing
 from services.policy.migrate import CannotOpen, open_ledger, security_groups_ledger
 from services.policy.realisation import Realisation
@@ -37,7 +38,6 @@ from services.policy.sse import Streams
 from services.policy.status_http import StatusApi
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
-from services.policy.tls_server import TlsServer
 from services.policy.upkeep import Upkeep, open_sources
 
 PROGRAM = "silkbus-policy-server"

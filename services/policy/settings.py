@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bus.decode import Malformed
+from bus.listener import ADDRESS, server_tls
 from bus.settings import setting
 from services.policy.cors import Origins
 from services.policy.gateway import Options
-from services.policy.listener import ADDRESS, server_tls
 from services.policy.upkeep_settings import UpkeepSettings
 
 

@@ -1,7 +1,7 @@
 """Server-sent events (HTML Living Standard, 9.2): endless answers, bounded in number, memory and time.
 
 A stream is pulled: the next event is made when the client has taken the last, so that nothing piles up for who reads
-slowly; who reads nothing is cut off by the connection (services/policy/listener.py). A comment now and then keeps
+slowly; who reads nothing is cut off by the connection (bus/listener.py). A comment now and then keeps
 routers from cutting a quiet stream. A token is checked when a stream begins, so streams end after a while, and clients
 come back by themselves; all end when the server does.
 """

@@ -10,8 +10,8 @@ from json.encoder import encode_basestring as quote
 from typing import Protocol as Interface
 
 from bus.decode import Malformed
+from bus.json_input import Object, get_object, get_objects, get_text, parse
 from bus.messages import MAX_APP_ID, AppId, Policy, Ports, Protocol
-from services.policy.json_input import Object, get_object, get_objects, get_text, parse
 
 MAX_PORT = 65535
 

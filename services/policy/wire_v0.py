@@ -5,9 +5,9 @@ It shares the store with v1. A range of ports cannot be expressed, so such polic
 
 from collections.abc import Iterable
 
+from bus.json_input import Object, get_integer
 from bus.messages import Policy
 from services.policy import wire
-from services.policy.json_input import Object, get_integer
 from services.policy.wire import MAX_PORT, Invalid
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from bus.json_input import Object, get_integer, get_object
 from bus.messages import Policy
 from services.policy import wire
-from services.policy.json_input import Object, get_integer, get_object
 from services.policy.wire import MAX_PORT, Invalid
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bus.listener import server_tls
 from services.policy.cors import Origins
-from services.policy.listener import server_tls
 from tests.policy.server import ADMIN_TOKEN, DELETE, POLICIES, PolicyServer
 from tests.policy.stubs import certificate
 

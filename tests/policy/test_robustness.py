@@ -21,9 +21,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from bus import listener
+from bus.listener import BoundedProtocol
 from bus.local import serving
-from services.policy import listener
-from services.policy.listener import BoundedProtocol
 from tests.databases import EmptyDatabase
 from tests.nats_server import free_port
 from tests.policy.server import ADMIN_TOKEN, DELETE, POLICIES, PolicyServer, body, policy

@@ -1,4 +1,4 @@
-"""How the API is listened for: TLS, and limits on clients that take their time.
+"""How HTTP APIs are listened for: TLS, and limits on clients that take their time.
 
 uvicorn waits for ever for a request that has begun, and for a client to read its answer. The original has no limits at
 all (contract/policy.md 1.1). A connection costs little while idle, and routers keep idle ones for up to 90 s and may

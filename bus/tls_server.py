@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bus.decode import Malformed
+from bus.listener import server_tls
 from bus.local import HttpServer
 from bus.log import about
-from services.policy.listener import server_tls
 
 log = logging.getLogger(__name__)
 

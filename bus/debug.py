@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from bus.listener import BoundedProtocol, listening
 from bus.local import serving
 from bus.log import about
-from services.policy.listener import BoundedProtocol, listening
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def application() -> Starlette:
 
 @asynccontextmanager
 async def debugging(where: str) -> AsyncIterator[None]:
-    """The debug server at this address; none if it is empty. Raises services.policy.listener.CannotListen."""
+    """The debug server at this address; none if it is empty. Raises bus.listener.CannotListen."""
     if not where:
         yield
         return
