@@ -106,10 +106,14 @@ def central(role: str) -> User:
         ]
     if role == POLICY_SERVER:
         leases = LEASES.name
-        publish.append(Grant("asks which cells there are", (subjects.table_fetch(leases),)))
+        publish += [
+            Grant("asks which cells there are", (subjects.table_fetch(leases),)),
+            Grant("asks all cells what becomes of a flow", (subjects.EXPLAIN,)),
+        ]
         subscribe += [
             Grant("which cells there are", (subjects.table_change(leases), subjects.table_heartbeat(leases))),
             Grant("what cells have of its table", (subjects.cell("*", "state"),)),
+            Grant("what cells say of a flow", (subjects.cell("*", "explained"),)),
         ]
     if role == SILK_CONTROLLER:
         subscribe.append(Grant("cells that ask for their lease", (f"{subjects.lease('*', '*')} {SILK_CONTROLLER}",)))
@@ -136,6 +140,7 @@ def cell(name: str) -> User:
         ),
         subscribe=(
             Grant("follows tables", (subjects.table_change("*"), subjects.table_heartbeat("*"))),
+            Grant("what becomes of a flow, which it answers under its own name", (subjects.EXPLAIN,)),
             _inbox(CELL, name),
         ),
     )
@@ -157,5 +162,5 @@ def operator() -> User:
         OPERATOR,
         "",
         publish=(Grant("asks services how they are", ("$SRV.>",)),),
-        subscribe=(_inbox(OPERATOR, ""),),
+        subscribe=(Grant("which flows cells refuse", (subjects.cell("*", "denied"),)), _inbox(OPERATOR, "")),
     )

@@ -4,17 +4,21 @@
     silkbus.table.TABLE.heartbeat    servers publish, everybody follows
     silkbus.table.TABLE.fetch        everybody asks, one server of the queue group answers
     silkbus.lease.CELL.VERB          CELL asks, one Silk controller answers (VERB: acquire, renew, release)
-    silkbus.cell.CELL.TOPIC          CELL publishes (TOPIC: state, container)
+    silkbus.cell.CELL.TOPIC          CELL publishes (TOPIC: state, container, denied, explained)
+    silkbus.ask.explain              policy servers ask, each cell answers as silkbus.cell.CELL.explained
     silkbus.event.TABLE.KIND         servers publish, on JetStream; readers read (KIND: two tokens, as policy.added)
     _INBOX.ROLE.NAME.>               what answers NAME; nobody else listens there
 
-A cell may publish only under its own name; who answers it does so in its inbox. bus/permissions.py says it to NATS.
+A cell may publish only under its own name, which vouches for who speaks: also when it answers a question that went to
+all cells. Who answers a cell does so in its inbox. bus/permissions.py says it to NATS.
 """
 
 from bus.messages import CellName
 
 ROOT = "silkbus"
 INBOX = "_INBOX"
+EXPLAIN = f"{ROOT}.ask.explain"
+"""Where all cells at once are asked what becomes of a flow (bus/explaining.py)."""
 
 
 def table_change(table: str) -> str:

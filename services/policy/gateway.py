@@ -19,13 +19,14 @@ from bus.local import Health
 from bus.log import about
 from bus.messages import Policy, Revision
 from services.policy import explain_http, history_http, openapi, wire_v0, wire_v1
-from services.policy.access import Access, is_admin, refused
+from services.policy.access import Access, Forbidden, is_admin, refused
 from services.policy.cleanup import Refused
 from services.policy.cors import Origins
 from services.policy.endpoint import ApiError, Call, Endpoints, Operation, answering
 from services.policy.explain import explain
 from services.policy.history import History, NoSuchRevision, TooFarBack
 from services.policy.identity import ADMIN, WRITE, Authenticator, Unavailable
+from services.policy.instances import Instances
 from services.policy.listing import Listing
 from services.policy.status_http import StatusApi
 from services.policy.store import Filter, QuotaExceeded, Store
@@ -64,7 +65,7 @@ class Options:
 class Gateway:
     """The handlers. `bus_connected` says whether changes are published as they are made.
 
-    Without `upkeep` there is no Cloud Controller that knows which apps are gone.
+    Without `upkeep` there is no Cloud Controller that knows which apps are gone; without `instances` no cell is asked.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Gateway:
         bus_connected: Callable[[], bool],
         upkeep: Upkeep | None = None,
         status: StatusApi | None = None,
+        instances: Instances | None = None,
     ) -> None:
         self._store = store
         self._listing = listing
@@ -88,6 +90,7 @@ class Gateway:
         self._bus_connected = bus_connected
         self._upkeep = upkeep
         self._status = status
+        self._instances = instances
         self._process = Health()
         self._started = time.monotonic_ns()
         self._endpoints = Endpoints(
@@ -246,15 +249,20 @@ class Gateway:
     async def _explain(self, call: Call) -> Response:
         try:
             flow = explain_http.flow(call.request.query_params)
+            probe = explain_http.probe(call.request.query_params)
         except history_http.BadParameter as error:
             raise ApiError(400, str(error)) from None
         with answering("check access failed"):
             # Who would see a policy between the two may know of those there are, and of those there were.
             if not await self._access.visible(call.identity, [explain_http.as_policy(flow)]):
                 raise refused()
+            if probe and not is_admin(call.identity):
+                raise Forbidden("probe: connections are tried for those with network.admin only")
         with _storing("database read failed", call):
             found = await explain(self._history.ledger, flow)
-        body = explain_http.encode(flow, found, tag_length=self._options.tag_length)
+        cells = None if self._instances is None else await self._instances.ask(flow, probe=probe)
+        names = is_admin(call.identity)
+        body = explain_http.encode(flow, found, cells, tag_length=self._options.tag_length, names=names)
         return Response(body, media_type="application/json")
 
     async def _policies(self, call: Call, *, too_long: str) -> list[Policy]:

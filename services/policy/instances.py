@@ -15,6 +15,7 @@ from bus import subjects
 from bus.connection import Connection
 from bus.decode import Malformed
 from bus.explaining import MAX_TARGETS, CellAnswer, Question
+from bus.log import about
 from bus.messages import CellName
 from bus.wire import decode
 from services.policy.explain import Flow
@@ -50,16 +51,16 @@ class _Pending:
 
 
 class Instances:
-    """Asks the cells. `run` it in a task; `leased` gives the cells that hold a lease."""
+    """Asks the cells, once it `listen`s; `leased` gives the cells that hold a lease, None while that is not known."""
 
-    def __init__(self, connection: Connection, leased: Callable[[], Collection[CellName]]) -> None:
+    def __init__(self, connection: Connection, leased: Callable[[], Collection[CellName] | None]) -> None:
         self._connection = connection
         self._leased = leased
         self._pending: dict[str, _Pending] = {}
         self._slots = asyncio.Semaphore(MAX_QUESTIONS)
 
-    async def run(self) -> None:
-        """Hear the answers. The subscription lasts as long as the connection."""
+    async def listen(self) -> None:
+        """Hear answers from now on, for as long as there is the connection."""
         await self._connection.listen(subjects.cell("*", "explained"), self._on_answer)
 
     async def ask(self, flow: Flow, *, probe: bool = False) -> Asked | None:
@@ -78,7 +79,10 @@ class Instances:
 
     async def _ask(self, question: Question, seconds: float) -> Asked | None:
         async with self._slots:
-            cells = sorted(set(self._leased()))
+            leased = self._leased()
+            if leased is None:
+                return None
+            cells = sorted(set(leased))
             question = replace(question, id=secrets.token_hex(16))
             pending = self._pending[question.id] = _Pending(cells)
             try:
@@ -105,7 +109,7 @@ class Instances:
         try:
             answer = CellAnswer.decode(cell, fields)
         except Malformed as error:
-            log.warning("a cell's answer is not understood", extra={"about": {"cell": cell, "error": str(error)}})
+            log.warning("a cell's answer is not understood", extra=about(cell=cell, error=str(error)))
             return
         pending.answers[answer.cell] = answer
         if len(pending.answers) == len(pending.awaited):

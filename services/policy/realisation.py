@@ -79,6 +79,11 @@ class Realisation:
     def leases(self) -> Replica[Lease]:
         return self._leases
 
+    @property
+    def cells(self) -> frozenset[CellName] | None:
+        """The cells that hold a lease; None while no controller says so."""
+        return frozenset(self._leased.values()) if str(self._leases.state) == "live" else None
+
     async def run(self) -> None:
         """Listen for ever."""
         await self._connection.listen(subjects.cell("*", "state"), self._on_state)

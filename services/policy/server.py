@@ -29,6 +29,7 @@ from services.policy.event_feed import EventFeed
 from services.policy.gateway import Gateway
 from services.policy.history import History
 from services.policy.instance import instance
+from services.policy.instances import Instances
 from services.policy.listing import Listing
 from services.policy.migrate import CannotOpen, open_ledger, security_groups_ledger
 from services.policy.realisation import Realisation
@@ -92,6 +93,8 @@ async def serve(settings: PolicySettings) -> None:
             groups_ledger = security_groups_ledger(ledger)
             groups_publisher = Publisher(connection, groups_ledger, SECURITY_GROUPS, security_groups.entries)
             realisation, streams = Realisation(connection, publisher), Streams()
+            instances = Instances(connection, lambda: realisation.cells)
+            await instances.listen()
             feed = EventFeed(ledger, publisher, realisation.leases)
             tasks.create_task(realisation.run())
             tasks.create_task(publisher.run())
@@ -122,6 +125,7 @@ async def serve(settings: PolicySettings) -> None:
                 bus_connected=lambda: connection.connected,
                 upkeep=upkeep,
                 status=StatusApi(realisation, feed, streams),
+                instances=instances,
             )
             async with serving(
                 gateway.application(),
