@@ -145,7 +145,7 @@ class Attachments:
             if found.link.address not in subnet:
                 raise NotAttached(f"its address {found.link.address} is not in this cell's subnet {subnet}")
             try:
-                await self._disk.run(socket.if_nametoindex, found.link.interface)
+                await self._disk.run(socket.if_nametoindex, found.link.interface or "")
             except OSError:
                 raise NotAttached(f"its link {found.link.interface} does not exist on the cell") from None
             return found
@@ -176,11 +176,11 @@ class Attachments:
             log.warning("attaching failed, undoing it", extra=about(handle=handle, error=repr(error)))
             await self._undo(handle, undo)
             raise
-        log.info("attached", extra=about(handle=handle, app=wanted.app, address=str(link.address)))
+        log.info("attached", extra=about(handle=handle, app=wanted.identity.app, address=str(link.address)))
         return attachment
 
     async def _link(self, wanted: Attachment) -> Link:
-        body = {"handle": wanted.handle, "netns": wanted.netns, "ifname": wanted.ifname}
+        body = {"handle": wanted.handle, "netns": wanted.netns, "ifname": wanted.ifname, **wanted.wishes}
         answer = await self._call(self._silk, "POST", "/attach", body, self._attach_timeout)
         try:
             return Link.decode(answer)

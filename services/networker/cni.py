@@ -6,14 +6,16 @@ CNI spec 1.1.0, sections 2 (execution protocol) and 5 (result types); texts of e
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bus.decode import Fields, Malformed
 from bus.messages import Handle
 from bus.records import file_name
-from services.networker.identity import app_of
+from services.networker.egress import egress_rules
+from services.networker.forwards import port_forwards
+from services.networker.identity import identity_of
 from services.networker.record import Attachment
 
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
@@ -72,12 +74,21 @@ class Request:
     def attachment(self) -> Attachment:
         """What the workflow is asked for. Raises CniError."""
         try:
-            app = app_of(self.config, self.arguments)
-            fields = Fields(self.config, "network configuration")
-            metadata = fields.mapping("metadata") if "metadata" in fields else {}
+            runtime = Fields(self.config.get("runtimeConfig") or {}, "runtimeConfig")
+            # Rules that are not valid let nothing out; only Garden's user can be told of them (garden_door).
+            egress, _ = egress_rules(_items(runtime, "netOutRules"), "runtimeConfig: netOutRules")
+            return Attachment(
+                self.handle,
+                self.netns,
+                self.ifname,
+                str(self.config["name"]),
+                identity_of(self.config, self.arguments),
+                port_forwards(_items(runtime, "portMappings"), "runtimeConfig: portMappings"),
+                egress,
+                wishes=_wishes(runtime, self.arguments),
+            )
         except Malformed as error:
             raise CniError(INVALID_CONFIG, str(error), version=self.version) from None
-        return Attachment(self.handle, self.netns, self.ifname, str(self.config["name"]), app, metadata)
 
     def valid_attachments(self) -> set[tuple[str, str]]:
         """What GC is to keep: (container id, interface name). Raises CniError; a missing list is not an empty one."""
@@ -87,6 +98,31 @@ class Request:
         except (TypeError, KeyError):
             text = "cni.dev/valid-attachments: must be a list of objects with containerID and ifname"
             raise CniError(INVALID_CONFIG, text, version=self.version) from None
+
+
+def _items(fields: Fields, name: str) -> Sequence[Any]:
+    return fields.items(name) if name in fields else ()
+
+
+def _wishes(runtime: Fields, arguments: Mapping[str, str]) -> dict[str, Any]:
+    """What the silk worker is asked for beside a link: limits of bandwidth, a certain address, a certain MAC.
+
+    They come as the capabilities bandwidth, ips and mac; podman sends the latter two in CNI_ARGS, as IP and MAC.
+    """
+    wishes: dict[str, Any] = {}
+    if "bandwidth" in runtime:
+        wishes["bandwidth"] = dict(runtime.mapping("bandwidth"))
+    ips = _items(runtime, "ips")
+    if len(ips) > 1:
+        raise runtime.malformed("ips", "a container has one address, so at most one can be asked for")
+    address = ips[0] if ips else arguments.get("IP")
+    if address:
+        text = str(address).partition("/")[0]
+        wishes["address"] = str(Fields({"ips": text}, "runtimeConfig").address("ips"))
+    mac = runtime.text("mac") if "mac" in runtime else arguments.get("MAC")
+    if mac:
+        wishes["mac"] = mac.lower()
+    return wishes
 
 
 def parse(call: Fields) -> Request:
@@ -178,13 +214,13 @@ def result(attachment: Attachment, version: str, dns: Mapping[str, Any]) -> str:
     """What ADD answers, in the form of `version`."""
     link = attachment.link
     assert link is not None  # noqa: S101 (only complete attachments are answered)
-    host = {"name": link.interface, "mac": link.mac}
-    inside = {"name": attachment.ifname, "mac": link.peer_mac, "sandbox": attachment.netns}
+    host: dict[str, Any] = {"name": link.interface, "mac": link.mac}
+    inside: dict[str, Any] = {"name": attachment.ifname, "mac": link.peer_mac, "sandbox": attachment.netns}
     address: dict[str, Any] = {"address": f"{link.address}/32", "gateway": str(link.gateway), "interface": 1}
     if version in ("0.3.1", "0.4.0"):
         address = {"version": "4", **address}
     if version == "1.1.0":
-        host, inside = {**host, "mtu": link.mtu}, {**inside, "mtu": link.mtu}  # type: ignore[dict-item]
+        host, inside = {**host, "mtu": link.mtu}, {**inside, "mtu": link.mtu}
     return output(
         {
             "cniVersion": version,

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.decode import Fields, Malformed
-from bus.messages import Container, Handle, Stage
+from bus.messages import AppId, Container, Handle, Stage
 from services.networker import cni
 from services.networker.cni import CniError
-from services.networker.identity import app_of
+from services.networker.identity import Identity, identity_of
 from services.networker.record import Attachment, Link
 
 CONFIG = {"cniVersion": "1.0.0", "name": "overlay", "type": "silkbus-cni"}
@@ -47,7 +47,8 @@ def config(**changes: Any) -> str:
 
 def test_a_call() -> None:
     attachment = parse(config=config(metadata={"org_id": "o"})).attachment()
-    assert attachment == Attachment(Handle("c1"), "/run/netns/c1", "eth0", "overlay", "web", {"org_id": "o"})
+    identity = Identity(AppId("web"), metadata={"policy_group_id": "web", "org_id": "o"})
+    assert attachment == Attachment(Handle("c1"), "/run/netns/c1", "eth0", "overlay", identity)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-NAMES = ["cniVersion", "name", "dns", "metadata", "app", "prevResult", "policy_group_id"]
+NAMES = ["cniVersion", "name", "dns", "metadata", "app", "apps", "prevResult", "runtimeConfig", "policy_group_id"]
 
 
 @given(text=st.text() | JSON.map(json.dumps) | st.dictionaries(st.sampled_from(NAMES), JSON).map(lambda d: config(**d)))
@@ -142,13 +143,13 @@ def test_any_call_is_read_or_refused(call: Mapping[str, Any]) -> None:
 
 
 def test_a_record_keeps_the_whole_attachment() -> None:
-    attachment = Attachment(Handle("c1"), "/run/netns/c1", "eth0", "overlay", None, {"a": [1]}, LINK)
+    attachment = Attachment(Handle("c1"), "/run/netns/c1", "eth0", "overlay", Identity(metadata={"a": [1]}), link=LINK)
     assert Attachment.of(attachment.record(Stage.READY)) == attachment
 
 
 @pytest.mark.parametrize("version", cni.VERSIONS)
 def test_result_forms(version: str) -> None:
-    attachment = Attachment(Handle("c1"), "/run/netns/c1", "eth0", "overlay", None, {}, LINK)
+    attachment = Attachment(Handle("c1"), "/run/netns/c1", "eth0", "overlay", link=LINK)
     result = json.loads(cni.result(attachment, version, {"nameservers": ["1.1.1.1"]}))
     assert result["cniVersion"] == version
     assert [interface["name"] for interface in result["interfaces"]] == ["s-1", "eth0"]
@@ -169,16 +170,19 @@ def test_result_forms(version: str) -> None:
         ({"app": "c", "metadata": {"policy_group_id": "a"}}, {"SILKBUS_APP": "b"}, "a"),
         ({"app": "c", "metadata": {}}, {}, "c"),
         ({"metadata": None}, {"K8S_POD_NAME": "x"}, None),
+        ({"apps": {"x": "c"}}, {"K8S_POD_NAME": "x"}, "c"),
+        ({"apps": {"x": "c"}, "app": "d"}, {"K8S_POD_NAME": "y"}, "d"),
+        ({"apps": {"x": "c"}}, {"K8S_POD_NAME": "x", "SILKBUS_APP": "b"}, "b"),
     ],
 )
 def test_where_the_app_comes_from(config: dict[str, Any], arguments: dict[str, str], app: str | None) -> None:
-    assert app_of(config, arguments) == app
+    assert identity_of(config, arguments).app == app
 
 
 @pytest.mark.parametrize("config", [{"app": ""}, {"app": 7}, {"metadata": []}, {"metadata": {"policy_group_id": ""}}])
 def test_an_app_must_be_a_name(config: dict[str, Any]) -> None:
     with pytest.raises(Malformed):
-        app_of(config, {})
+        identity_of(config, {})
 
 
 @pytest.mark.parametrize("config", [{}, {"prevResult": 7}, {"prevResult": {"ips": [7, {"address": 7}]}}])
