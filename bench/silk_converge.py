@@ -17,6 +17,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from bus.messages import CellName, Handle, Lease
+from services.silk.attachments import Wanted
 from services.silk.namespace import opened
 from services.silk.network import CellNetwork
 from services.silk.peers import desired
@@ -72,7 +73,7 @@ def attach(network: CellNetwork, prefix: str, count: int) -> None:
         for name in names:
             ip("netns", "add", name)
         times = [
-            milliseconds(lambda name=name: network.attach(Handle(name), f"/run/netns/{name}", "eth0"))  # type: ignore[misc]
+            milliseconds(lambda name=name: network.attach(Wanted(Handle(name), f"/run/netns/{name}", "eth0")))  # type: ignore[misc]
             for name in names
         ]
         line(f"attach, 1 to {count} containers on the cell", times)
@@ -80,7 +81,7 @@ def attach(network: CellNetwork, prefix: str, count: int) -> None:
         line(
             "attach again",
             [
-                milliseconds(lambda: network.attach(Handle(names[0]), f"/run/netns/{names[0]}", "eth0"))
+                milliseconds(lambda: network.attach(Wanted(Handle(names[0]), f"/run/netns/{names[0]}", "eth0")))
                 for _ in range(50)
             ],
         )

@@ -27,7 +27,7 @@ from bus.process import KernelThread
 from bus.tables import Replica
 from bus.tables.follower import State
 from services.silk import tenure as tenures
-from services.silk.attachments import Attachment, Conflict
+from services.silk.attachments import Attachment, Conflict, Wanted
 from services.silk.client import LeaseClient, LeaseDenied, LeaseLost
 from services.silk.network import CellNetwork
 from services.silk.overlay import Device, OverlayError
@@ -94,11 +94,11 @@ class Cell:
             raise NoLease(self._problem)
         return self._tenure.lease, self._device
 
-    async def attach(self, handle: Handle, netns: str, interface: str) -> Attachment:
+    async def attach(self, wanted: Wanted) -> Attachment:
         """Raises NoLease, and what `Attachments.attach` raises."""
         self.overlay()
         with ATTACH.time():
-            return await self._kernel.run(self._network.attach, handle, netns, interface)
+            return await self._kernel.run(self._network.attach, wanted)
 
     async def detach(self, handle: Handle, address: IPv4Address | None) -> None:
         """Raises OSError."""

@@ -1,6 +1,7 @@
 """The worker's calls on the cell's private socket (docs/design.md, "Cell, on Unix sockets")."""
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
@@ -13,13 +14,16 @@ from bus.log import about
 from bus.messages import Handle
 from bus.records import file_name
 from services.silk.addresses import Exhausted
-from services.silk.attachments import Conflict
+from services.silk.attachments import Conflict, Wanted
+from services.silk.bandwidth import Bandwidth
 from services.silk.cell import Cell, NoLease
 from services.silk.namespace import NamespaceError
 from services.silk.settings import MAX_INTERFACE_NAME
 
 log = logging.getLogger(__name__)
 
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_NO_MAC = "00:00:00:00:00:00"
 _STATUS: dict[type[Exception], int] = {
     NamespaceError: 400,
     Conflict: 409,
@@ -38,7 +42,16 @@ def routes(cell: Cell) -> list[Route]:
 
     async def attach(request: Request) -> Response:
         fields = await json_body(request, "attach")
-        attachment = await cell.attach(_handle(fields), fields.text("netns"), _interface(fields))
+        attachment = await cell.attach(
+            Wanted(
+                handle=_handle(fields),
+                netns=fields.text("netns"),
+                interface=_interface(fields),
+                address=fields.address("address") if "address" in fields else None,
+                mac=_mac(fields) if "mac" in fields else None,
+                bandwidth=Bandwidth.decode(fields.mapping("bandwidth")) if "bandwidth" in fields else None,
+            )
+        )
         return JSONResponse(attachment.encode())
 
     async def detach(request: Request) -> Response:
@@ -74,6 +87,13 @@ def _handle(fields: Fields) -> Handle:
         raise fields.malformed("handle", "has characters that cannot be printed")
     file_name(Handle(handle))  # what has no record's name cannot be a container
     return Handle(handle)
+
+
+def _mac(fields: Fields) -> str:
+    text = fields.text("mac").lower().replace("-", ":")
+    if not _MAC.fullmatch(text) or text == _NO_MAC or int(text[:2], 16) & 1:
+        raise fields.malformed("mac", f"{text!r} is not the MAC address of one interface, as 02:00:00:00:00:01")
+    return text
 
 
 def _interface(fields: Fields) -> str:

@@ -4,7 +4,8 @@ The forms are those of contract/cell.md 3.2: the host's end `s-AAABBBCCCDDD` is 
 MACs are derived from it, neither end speaks ARP, and the host is always 169.254.0.1 to the container.
 
 The host's end gets the container's handle as its alias with the last message of all. So a link with an alias is
-complete, and one without is what a crash left: it never carried traffic, because nobody was told of it.
+complete and ours. One without is what a crash of ours left if a note says that it was being made
+(`services.silk.notes`), and else somebody's, as the original's silk-cni, which names its links alike.
 """
 
 import errno
@@ -13,11 +14,14 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 
 from bus.failpoints import failpoint
 from bus.messages import Handle
-from services.silk.namespace import Namespace, write_sysctl
+from services.silk.bandwidth import UNLIMITED, limit_link, remove_ifbs
+from services.silk.namespace import Namespace, namespace_number, write_sysctl
 from services.silk.netlink import Netlink, NetlinkError
+from services.silk.notes import Note
 from services.silk.rtnetlink import (
     NOARP,
     PROTOCOL_BOOT,
@@ -28,12 +32,15 @@ from services.silk.rtnetlink import (
     create_veth,
     delete_link,
     mac_text,
+    neighbours,
     read_address,
     read_link,
+    read_permanent,
     replace_neighbour,
     replace_route,
     set_alias,
     set_link,
+    set_mac,
     veths,
 )
 
@@ -87,26 +94,52 @@ class Links:
                 found.append(ContainerLink(Handle(link.alias), address, link))
         return found
 
-    def create(self, handle: Handle, address: IPv4Address, namespace: Namespace, interface: str, mtu: int) -> None:
-        """Make a container's link, all of it or nothing.
+    def create(self, note: Note, namespace: Namespace, mtu: int) -> int:
+        """Make the link that `note` describes, all of it or nothing. Gives the namespace's number.
 
-        `interface` is its name in the container's namespace. Raises NetlinkError, NamespaceError or OSError.
+        Raises NetlinkError, NamespaceError or OSError.
         """
-        name = host_interface(address)
-        self._netlink.run(
-            create_veth(name, host_mac(address), interface, container_mac(address), namespace.descriptor, mtu),
-        )
+        address, interface = note.address, note.interface
+        name, mac = host_interface(address), note.mac or container_mac(address)
+        self._netlink.run(create_veth(name, host_mac(address), interface, mac, namespace.descriptor, mtu))
         index = socket.if_nametoindex(name)
         try:
             failpoint("silk.attach.after-link")
-            _set_up(self._netlink, index, name, GATEWAY, address, container_mac(address))
-            namespace.run(lambda: _set_up_container(interface, address))
+            _set_up(self._netlink, index, name, GATEWAY, address, mac)
+            number = namespace.run(lambda: _set_up_container(interface, address))
+            if note.bandwidth != UNLIMITED:
+                limit_link(index, note.handle, note.bandwidth, mtu)
             write_sysctl("ipv4/ip_forward", "1")
-            self._netlink.run(set_alias(index, handle))
+            self._netlink.run(set_alias(index, note.handle))
         except BaseException:
             with suppress(OSError):
                 self._netlink.run(delete_link(index, name))
+            if note.bandwidth.egress is not None:
+                with suppress(OSError):
+                    remove_ifbs({link.handle for link in self.all()})
             raise
+        return number
+
+    def mend(self, host: ContainerLink, mac: str) -> bool:
+        """Give the host's end back what it must have: flags, address, neighbour, settings. Whether it lacked any.
+
+        `mac` is the container end's. Raises OSError.
+        """
+        link = host.link
+        addressed = {read_address(*each) for each in self._netlink.dump(*addresses())}
+        known = [read_permanent(*each) for each in self._netlink.dump(*neighbours())]
+        whole = (
+            link.flags & (UP | NOARP) == UP | NOARP
+            and link.mac == host_mac(host.address)
+            and (link.index, GATEWAY) in addressed
+            and (link.index, host.address, mac) in known
+        )
+        if whole and _is_configured(link.name):
+            return False
+        if link.mac != host_mac(host.address):
+            self._netlink.run(set_mac(link.index, host_mac(host.address)))
+        _set_up(self._netlink, link.index, link.name, GATEWAY, host.address, mac)
+        return True
 
     def delete(self, link: Link) -> None:
         """Delete a link, and so its other end. That it is gone already is no error."""
@@ -117,8 +150,8 @@ class Links:
                 raise
 
 
-def is_attached(host: ContainerLink, namespace: Namespace, interface: str) -> bool | None:
-    """Whether the link's other end is `interface` in that namespace and whole.
+def is_attached(host: ContainerLink, namespace: Namespace, interface: str, mac: str) -> bool | None:
+    """Whether the link's other end is `interface` in that namespace, with that MAC, and whole.
 
     False for one that is there and not whole; None when it is not there at all.
     """
@@ -130,13 +163,20 @@ def is_attached(host: ContainerLink, namespace: Namespace, interface: str) -> bo
                 return None
             own = {read_address(*each) for each in netlink.dump(*addresses())}
             up = ends[0].flags & (UP | NOARP) == UP | NOARP
-            return up and ends[0].mac == container_mac(host.address) and (ends[0].index, host.address) in own
+            return up and ends[0].mac == mac and (ends[0].index, host.address) in own
 
     return namespace.run(look)
 
 
 def _veths(netlink: Netlink) -> list[Link]:
     return [read_link(header, values) for header, values in netlink.dump(*veths())]
+
+
+def _is_configured(name: str) -> bool:
+    try:
+        return Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").read_text().strip() == "1"
+    except OSError:
+        return False
 
 
 def _set_up(netlink: Netlink, index: int, name: str, local: IPv4Address, peer: IPv4Address, peer_mac: str) -> None:
@@ -152,8 +192,9 @@ def _set_up(netlink: Netlink, index: int, name: str, local: IPv4Address, peer: I
     )
 
 
-def _set_up_container(interface: str, address: IPv4Address) -> None:
+def _set_up_container(interface: str, address: IPv4Address) -> int:
     with Netlink() as netlink:
         index = socket.if_nametoindex(interface)
         _set_up(netlink, index, interface, address, GATEWAY, host_mac(address))
         netlink.run(replace_route(_EVERYWHERE, GATEWAY, index, address, PROTOCOL_BOOT))
+    return namespace_number()

@@ -7,6 +7,8 @@ Opening sockets and writing under /proc/sys/net there concern that namespace, as
 import ctypes
 import fcntl
 import os
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import Generic, TypeVar
 R = TypeVar("R")
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703  # ioctl_ns(2)
+_SO_NETNS_COOKIE = 71  # linux/asm-generic/socket.h, Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -81,6 +84,16 @@ class _Visit(threading.Thread, Generic[R]):
             self.result = self._work()
         except BaseException as error:  # noqa: BLE001 (raised again where the work was asked for)
             self.error = error
+
+
+def namespace_number() -> int:
+    """The kernel's number of the calling thread's network namespace, never given twice; 0 if it gives none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            number: int = struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0]
+        except OSError:
+            return 0
+        return number
 
 
 def write_sysctl(name: str, value: str) -> None:

@@ -8,7 +8,8 @@ from ipaddress import IPv4Address
 from bus.messages import Handle, Lease
 from bus.records import Records
 from services.silk import overlay
-from services.silk.attachments import Attachment, Attachments
+from services.silk.attachments import Attachment, Attachments, Wanted
+from services.silk.bandwidth import Bandwidth
 from services.silk.netlink import Netlink
 from services.silk.overlay import Device, Overlay
 from services.silk.peers import Entries, Peers, Result
@@ -29,7 +30,8 @@ class CellNetwork:
         )
         self._netlink = Netlink()
         records = Records(settings.containers_dir)
-        self._attachments = Attachments(self._netlink, records, settings.state_dir / "silk" / "released.json")
+        bandwidth = Bandwidth.both_ways(settings.bandwidth_rate, settings.bandwidth_burst)
+        self._attachments = Attachments(self._netlink, records, settings.state_dir / "silk", bandwidth)
         self._peers: Peers | None = None
 
     def take_up(self, lease: Lease) -> Device:
@@ -53,8 +55,12 @@ class CellNetwork:
             return Result(0, 0)
         return self._peers.sweep(wanted, delete=delete) if sweep else self._peers.apply(wanted, delete=delete)
 
-    def attach(self, handle: Handle, netns: str, interface: str) -> Attachment:
-        return self._attachments.attach(handle, netns, interface)
+    def attach(self, wanted: Wanted) -> Attachment:
+        return self._attachments.attach(wanted)
 
     def detach(self, handle: Handle, address: IPv4Address | None) -> None:
         self._attachments.detach(handle, address)
+
+    def containers(self) -> int:
+        """How many containers have a link, whoever made it."""
+        return len(self._attachments.all())

@@ -94,6 +94,11 @@ def set_link(index: int, *, up: bool, noarp: bool = False) -> Message:
     return Message(NEWLINK, 0, _LINK.pack(0, 0, 0, index, flags, change), f"setting the flags of link {index}")
 
 
+def set_mac(index: int, mac: str) -> Message:
+    payload = _LINK.pack(0, 0, 0, index, 0, 0) + attribute(_IFLA_ADDRESS, mac_bytes(mac))
+    return Message(NEWLINK, 0, payload, f"setting the MAC of link {index}")
+
+
 def set_alias(index: int, alias: str) -> Message:
     payload = _LINK.pack(0, 0, 0, index, 0, 0) + attribute(_IFLA_IFALIAS, alias.encode())
     return Message(NEWLINK, 0, payload, f"setting the alias of link {index}")
@@ -266,6 +271,14 @@ def read_neighbour(header: bytes, values: dict[int, bytes], index: int) -> tuple
     if family != socket.AF_INET or at != index or not state & PERMANENT or not ours:
         return None
     return IPv4Address(values[_NDA_DST]), mac_text(values.get(_NDA_LLADDR, b""))
+
+
+def read_permanent(header: bytes, values: dict[int, bytes]) -> tuple[int, IPv4Address, str] | None:
+    """(index of its link, address, MAC) of a permanent neighbour, whoever made it."""
+    family, _, _, index, state, _, _ = _NEIGHBOUR.unpack(header)
+    if family != socket.AF_INET or not state & PERMANENT:
+        return None
+    return index, IPv4Address(values[_NDA_DST]), mac_text(values.get(_NDA_LLADDR, b""))
 
 
 def read_forwarding(header: bytes, values: dict[int, bytes], index: int) -> tuple[str, IPv4Address] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from bus.decode import Malformed
 from bus.messages import cell_name
 from bus.settings import CellSettings, CentralSettings, setting
+from services.silk.bandwidth import Bandwidth
 
 OVERLAY = IPv4Network("10.255.0.0/16")
 MAX_INTERFACE_NAME = 15
@@ -22,6 +23,8 @@ class WorkerSettings(CellSettings):
     vtep_port: int = setting("UDP port of VXLAN on every cell", 4789)
     vtep_name: str = setting("name of this cell's VXLAN device", "silk-vtep")
     mtu: int = setting("MTU of the overlay and the containers; 0 is the underlay device's less 50", 0)
+    bandwidth_rate: int = setting("Kbit/s that each container may receive, and send; 0 is no limit", 0)
+    bandwidth_burst: int = setting("Kb that each container may receive or send at once; needs bandwidth_rate", 0)
 
     def __post_init__(self) -> None:
         # slots make the zero-argument super() of a dataclass mean the class before it was rebuilt.
@@ -33,6 +36,7 @@ class WorkerSettings(CellSettings):
             raise Malformed(f"vtep_port: must be 1 to 65535, not {self.vtep_port}")
         if not 0 < len(self.vtep_name) <= MAX_INTERFACE_NAME:
             raise Malformed(f"vtep_name: must have 1 to {MAX_INTERFACE_NAME} characters: {self.vtep_name!r}")
+        _ = Bandwidth.both_ways(self.bandwidth_rate, self.bandwidth_burst)  # checks them
         if self.mtu and not 576 <= self.mtu <= 65535:
             raise Malformed(f"mtu: must be 0 or 576 to 65535, not {self.mtu}")
         if self.underlay in self.overlay_network:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from bus.messages import CellName, Handle, Lease
-from services.silk.attachments import Attachment
+from services.silk.attachments import Attachment, Wanted
 from services.silk.namespace import opened
 from services.silk.network import CellNetwork
 from services.silk.peers import desired
@@ -116,8 +116,8 @@ class TestCell:
         sh("ip", "-n", name, "link", "set", "lo", "up")
         return f"/run/netns/{name}"
 
-    def attach(self, handle: str, netns: str, interface: str = "eth0") -> Attachment:
-        return self.run(lambda: self.network.attach(Handle(handle), netns, interface))
+    def attach(self, handle: str, netns: str, interface: str = "eth0", **more: Any) -> Attachment:
+        return self.run(lambda: self.network.attach(Wanted(Handle(handle), netns, interface, **more)))
 
     def detach(self, handle: str, address: IPv4Address | None = None) -> None:
         self.run(lambda: self.network.detach(Handle(handle), address))

@@ -161,7 +161,7 @@ def test_a_new_subnet_is_not_taken_up_over_containers(cell: TestCell) -> None:
 
 def test_failing_half_way_leaves_nothing(cell: TestCell) -> None:
     netns = cell.container()
-    error = crash(cell, "silk.attach.after-link=error", f"network.attach(Handle('web-1'), {netns!r}, 'eth0')")
+    error = crash(cell, "silk.attach.after-link=error", f"network.attach(Wanted(Handle('web-1'), {netns!r}, 'eth0'))")
     assert error == 1
     assert links(cell) == []
     assert "eth0" not in sh("ip", "-n", netns.rpartition("/")[2], "link")
@@ -170,18 +170,12 @@ def test_failing_half_way_leaves_nothing(cell: TestCell) -> None:
 @pytest.mark.parametrize("point", ["silk.attach.after-address", "silk.attach.after-link"])
 def test_killed_while_attaching(cell: TestCell, point: str) -> None:
     netns = cell.container()
-    killed(cell, point, f"network.attach(Handle('web-1'), {netns!r}, 'eth0')")
+    killed(cell, point, f"network.attach(Wanted(Handle('web-1'), {netns!r}, 'eth0'))")
     assert links(cell) == ([] if point.endswith("address") else ["s-010255001002"])
     cell.restart()
     assert links(cell) == []
     assert cell.attach("web-1", netns).address == IPv4Address("10.255.1.2")
     assert reaches(cell.name, "10.255.1.2")
-
-
-def test_attaching_again_without_a_restart_clears_what_was_left(cell: TestCell) -> None:
-    netns = cell.container()
-    killed(cell, "silk.attach.after-link", f"network.attach(Handle('web-1'), {netns!r}, 'eth0')")
-    assert cell.attach("web-1", netns).address == IPv4Address("10.255.1.2")
 
 
 def test_killed_while_detaching(cell: TestCell) -> None:
@@ -204,6 +198,7 @@ def crash(cell: TestCell, failpoints: str, call: str) -> int:
 from ipaddress import IPv4Address
 from pathlib import Path
 from bus.messages import Handle, Lease
+from services.silk.attachments import Wanted
 from services.silk.network import CellNetwork
 from services.silk.settings import WorkerSettings
 network = CellNetwork(WorkerSettings(
@@ -216,3 +211,38 @@ network.take_up(Lease.decode({cell.lease.encode()!r}))
     command = ["ip", "netns", "exec", cell.name, sys.executable, "-c", program]
     environment = {**os.environ, "SILKBUS_FAILPOINTS": failpoints}
     return subprocess.run(command, env=environment, timeout=60, capture_output=True, check=False).returncode
+
+
+def test_links_of_others_are_left_alone_and_their_addresses_taken(cell: TestCell) -> None:
+    """As the original's silk-cni makes them, while a cell is taken over."""
+    other = cell.container().rpartition("/")[2]
+    name = "s-010255001002"
+    cell.sh("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", other)
+    assert cell.attach("web-1", cell.container()).address == IPv4Address("10.255.1.3")
+    cell.restart()
+    cell.detach("web-1")
+    assert links(cell) == [name]
+    cell.lease = lease_of(9, "10.77.0.1")
+    with pytest.raises(Conflict, match=rf"1 containers .* as {name} \(10\.255\.1\.2\)"):
+        cell.take_up()
+
+
+def test_an_address_and_a_mac_may_be_asked_for(cell: TestCell) -> None:
+    wanted, mac = IPv4Address("10.255.1.77"), "02:00:00:00:00:07"
+    netns = cell.container()
+    attachment = cell.attach("web-1", netns, address=wanted, mac=mac)
+    assert (attachment.address, attachment.encode()["peer_mac"]) == (wanted, mac)
+    assert reaches(cell.name, str(wanted))
+    assert cell.attach("web-1", netns, address=wanted, mac=mac) == attachment
+    cell.restart()
+    assert cell.attach("web-1", netns) == attachment
+    for refused, text in (
+        ({"address": wanted}, r"10\.255\.1\.77 is in use by web-1"),
+        ({"address": IPv4Address("10.255.1.1")}, "none that containers of this cell may have"),
+        ({"address": IPv4Address("10.255.2.7")}, r"its subnet is 10\.255\.1\.0/24"),
+    ):
+        with pytest.raises(Conflict, match=text):
+            cell.attach("web-2", cell.container(), **refused)
+    with pytest.raises(Conflict, match=r"already attached with address 10\.255\.1\.77, not 10\.255\.1\.78"):
+        cell.attach("web-1", netns, address=IPv4Address("10.255.1.78"))
+    assert links(cell) == ["s-010255001077"]
