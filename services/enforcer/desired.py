@@ -8,7 +8,7 @@ A packet's way, in order:
   let in, as let in.
 - filter FORWARD, `sb-forward`: revoked flows are cut, established ones pass; to a container: by its address (/28, then
   host) to the chain of its app, where the tag decides; from a tagged container to the overlay: passes, the cell of the
-  destination decides. All else from or to our links is refused.
+  destination decides. All else from or to our links is logged (`logged.py`) and refused.
 - filter INPUT: containers, and the overlay, may only answer the host.
 
 That a flow is established is not enough between cells, since each cell sees only its own half of what happened:
@@ -28,6 +28,7 @@ from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network
 
 from bus.messages import AppId, Protocol, Revision, Tag
+from services.enforcer.logged import DENY_IN, DENY_OUT, Why, allowed, deny_chains, refused
 from services.enforcer.model import Model, Touched
 from services.enforcer.rules import (
     ANSWER,
@@ -242,10 +243,16 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
             rule(from_link(vtep), to_link(link), to=_DISPATCH.name),
             # No policy is of another protocol; and errors that belong to no flow are not for the next cell to sort.
             *(rule(f"-p {protocol}", *to_overlay, NEW, TAGGED, to="ACCEPT") for protocol in Protocol),
+            rule(to_link(link), to=DENY_IN),
+            rule(to=DENY_OUT),
+        ),
+        ("filter", "sb-cut"): (
+            refused(settings, Why.REVOKED, by="srcip"),
+            rule("-p tcp", to=RESET),
             rule(to=REJECT),
         ),
-        ("filter", "sb-cut"): (rule("-p tcp", to=RESET), rule(to=REJECT)),
         ("filter", ACCEPT_FLOW): (
+            *(allowed(settings, Why.POLICY) if settings.log_accepted else ()),
             rule(to=f"CONNMARK --save-mark --nfmask {TAG_MASK:#x} --ctmask {TAG_MASK:#x}"),
             rule(to="ACCEPT"),
         ),
@@ -253,10 +260,10 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
             rule(from_link(link), to="sb-input"),
             rule(from_link(vtep), to="sb-input-vtep"),
         ),
-        ("filter", "sb-input"): (rule(ESTABLISHED, to="ACCEPT"), rule(to=REJECT)),
+        ("filter", "sb-input"): (rule(ESTABLISHED, to="ACCEPT"), rule(to=DENY_OUT)),
         ("filter", "sb-input-vtep"): (rule(ESTABLISHED, to="ACCEPT"), rule(to="DROP")),
     }
-    return {ChainId(*key): rules for key, rules in chains.items()}
+    return {ChainId(*key): rules for key, rules in chains.items()} | dict(deny_chains(settings))
 
 
 def static_v6(settings: EnforcerSettings) -> Chains:

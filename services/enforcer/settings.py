@@ -6,7 +6,8 @@ from ipaddress import IPv4Network
 from typing import Literal
 
 from bus.decode import Malformed
-from bus.settings import CellSettings, setting
+from bus.settings import setting
+from services.enforcer.traffic_settings import TrafficSettings
 
 Kind = Literal["legacy", "nft"]
 """Which of the kernel's two packet filters: xtables ("legacy") or nf_tables by way of iptables-nft ("nft")."""
@@ -15,7 +16,7 @@ _LINK = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnforcerSettings(CellSettings):
+class EnforcerSettings(TrafficSettings):
     overlay_network: IPv4Network = setting("the whole overlay", IPv4Network("10.255.0.0/16"))
     vtep_name: str = setting("name of the VXLAN device", "silk-vtep")
     vtep_port: int = setting("UDP port of VXLAN", 4789)
@@ -27,7 +28,7 @@ class EnforcerSettings(CellSettings):
 
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a second class, which the zero-argument form does not know.
-        CellSettings.__post_init__(self)
+        TrafficSettings.__post_init__(self)
         if self.iptables not in ("auto", "legacy", "nft"):
             raise Malformed(f"iptables: {self.iptables!r} is not one of auto, legacy, nft")
         if not 1 <= self.vtep_port <= 65535:
