@@ -1,24 +1,16 @@
-"""The policy server's external API, version v1, with nothing but the standard library (contract/policy.md 1.4, 6.2)."""
+"""The policy server's external API, version v1 (contract/policy.md 1.4, 6.2)."""
 
-import http.client
-import json
-import logging
-import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlsplit
-
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
+from urllib.parse import quote
 
 from cli.errors import Failed
+from cli.web import Answer, Server
 
-TIMEOUT = 10.0
-REFUSED_PAUSE = 0.5
 BATCH = 200
-"""GUIDs in one request's query, so that the request line stays short."""
-
-log = logging.getLogger(__name__)
+"""GUIDs in one request's query, as the cf CLI does, so that the request line stays short."""
+PATH = "/networking/v1/external"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -30,6 +22,11 @@ class Policy:
     protocol: str
     start: int
     end: int
+
+    @property
+    def ports(self) -> str:
+        """`8080`, or `8080-8090`."""
+        return str(self.start) if self.start == self.end else f"{self.start}-{self.end}"
 
     def encode(self) -> dict[str, Any]:
         ports = {"start": self.start, "end": self.end}
@@ -44,86 +41,70 @@ class Policy:
 
 
 class Client:
-    """Calls to the API at `api`, a URL. Every method raises Failed."""
+    """Calls to the API below `server`, which is at `…/networking/v1/external`. Every method raises Failed."""
 
-    def __init__(self, api: str, token: str) -> None:
-        self.api = api
-        # A token copied from `cf oauth-token` brings the word along.
-        self._authorization = token if token.lower().startswith("bearer ") else f"bearer {token}"
+    def __init__(self, server: Server) -> None:
+        self.server = server
 
-    def add(self, policies: Iterable[Policy]) -> None:
-        self._call("POST", "/policies", {"policies": [policy.encode() for policy in policies]})
+    def add(self, policies: Iterable[Policy]) -> int | None:
+        """Add the policies, all or none; the revision from which on they hold, None if the server does not tell."""
+        return self._change("/policies", policies)
 
-    def remove(self, policies: Iterable[Policy]) -> None:
-        self._call("POST", "/policies/delete", {"policies": [policy.encode() for policy in policies]})
+    def remove(self, policies: Iterable[Policy]) -> int | None:
+        """Remove those of the policies that there are; the revision, as with `add`."""
+        return self._change("/policies/delete", policies)
 
     def policies(self, *, sources: Iterable[str] | None = None) -> list[Policy]:
         """All policies, or those of these sources, in the server's order."""
         if sources is None:
             return self._list("")
         guids = list(dict.fromkeys(sources))
+        wanted = frozenset(guids)
+        # `id` is source or destination: the one filter that cf uses. Two batches may bring the same policy.
         batches = (guids[start : start + BATCH] for start in range(0, len(guids), BATCH))
-        return [policy for batch in batches for policy in self._list(f"?source_id={quote(','.join(batch), safe='')}")]
+        found = (policy for batch in batches for policy in self._list(f"?id={quote(','.join(batch), safe='')}"))
+        return list(dict.fromkeys(policy for policy in found if policy.source in wanted))
+
+    def get(self, path: str) -> Any:
+        """The JSON object at a path below the API's, with its query."""
+        return _object(self.server.send("GET", path))
+
+    def _change(self, path: str, policies: Iterable[Policy]) -> int | None:
+        answer = self.server.send("POST", path, {"policies": [policy.encode() for policy in policies]})
+        _object(answer)
+        revision = answer.header("X-Silkbus-Revision")
+        return int(revision) if revision.isdigit() else None
 
     def _list(self, query: str) -> list[Policy]:
-        answer = self._call("GET", f"/policies{query}")
+        answer = self.get(f"/policies{query}")
         try:
             return [Policy.decode(item) for item in answer["policies"]]
         except (KeyError, TypeError) as error:
-            raise Failed(f"{self.api} answered a list of policies that cannot be understood: {error!r}") from None
-
-    def _call(self, method: str, path: str, body: object = None) -> Any:
-        """The JSON answered. A request is sent once: only connecting is tried a second time."""
-        url = urlsplit(f"{self.api}/networking/v1/external{path}")
-        target = url.path + (f"?{url.query}" if url.query else "")
-        headers = {"Accept": "application/json", "Authorization": self._authorization, "User-Agent": "silkbus"}
-        data = None
-        if body is not None:
-            data = json.dumps(body).encode()
-            headers["Content-Type"] = "application/json"
-        connection = self._connect(url.scheme, url.netloc)
-        try:
-            connection.request(method, target, data, headers)
-            response = connection.getresponse()
-            return _answer(response.status, response.read(), response.headers.get("X-Vcap-Request-Id", ""))
-        except (OSError, http.client.HTTPException) as error:
-            doubt = " Whether the change was made is not known: look with network-policies." if body else ""
-            raise Failed(f"{self.api} did not answer {method} {path.partition('?')[0]}: {error!r}.{doubt}") from None
-        finally:
-            connection.close()
-
-    def _connect(self, scheme: str, netloc: str) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-        try:
-            connection = kind(netloc, timeout=TIMEOUT)
-            # Once more for a server that is just being restarted. Nothing was sent yet, so nothing is done twice.
-            again = Retrying(
-                retry=retry_if_exception_type(ConnectionRefusedError),
-                stop=stop_after_attempt(2),
-                wait=wait_fixed(REFUSED_PAUSE),
-                before_sleep=lambda _: log.warning("%s refused the connection, trying once more", self.api),
-                reraise=True,
-            )
-            again(connection.connect)
-        except ssl.SSLError as error:
-            raise Failed(f"{self.api}: TLS failed: {error}") from None
-        except (OSError, http.client.HTTPException) as error:
             raise Failed(
-                f"{self.api} cannot be reached: {error}. Is the policy server up, and the URL right?"
+                f"{self.server.url} answered a list of policies that cannot be understood: {error!r}"
             ) from None
-        return connection
 
 
-def _answer(status: int, body: bytes, request_id: str) -> Any:
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise Failed(f"Error Code: {status}\nRaw Response: {body.decode(errors='replace')}")
-    if status == 200:
-        return answer
-    text = str(answer.get("error", ""))
-    if status in (400, 401, 403, 406, 409):
-        raise Failed(text)
-    raise Failed(f"Unexpected Response\nResponse code: {status}\nRequest ID:    {request_id}\nDescription:   {text}")
+def _object(answer: Answer) -> Any:
+    """The JSON object answered; errors as the cf CLI shows them (contract/policy.md 6.2)."""
+    value = answer.json()
+    if not isinstance(value, dict):
+        raise Failed(f"Error Code: {answer.status}\nRaw Response: {answer.body.decode(errors='replace')}")
+    if answer.status == 200:
+        return value
+    text = str(value.get("error", ""))
+    if answer.status in (400, 401, 403, 406, 409):
+        raise Failed(text + _advice(answer.status, text))
+    raise Failed(
+        f"Unexpected Response\nResponse code: {answer.status}\n"
+        f"Request ID:    {answer.header('X-Vcap-Request-Id')}\nDescription:   {text}"
+    )
+
+
+def _advice(status: int, text: str) -> str:
+    match status:
+        case 401:
+            return "\nTIP: the token is not valid, or has expired: log in again (`cf login`), or give another token."
+        case 403 if "do not include allowed scopes" in text:
+            return "\nTIP: ask an administrator for the scope network.write or network.admin."
+    return ""

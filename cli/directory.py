@@ -5,37 +5,43 @@ The file is JSON, `{"apps": [{"guid", "name", "space", "org"}]}`. Without one, a
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from cli.errors import Failed
+from cli.apps import App, Place, place_text
+from cli.errors import Failed, WrongUsage
 
 
-@dataclass(frozen=True, slots=True)
-class App:
-    guid: str
-    name: str
-    space: str = ""
-    org: str = ""
+class NoNames(WrongUsage):
+    """Names were given and nothing knows names."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "names of apps, spaces and orgs need a directory of apps (--directory FILE, SILKBUS_DIRECTORY)"
+            " or a login with cf; without them an app is its GUID"
+        )
 
 
 class Directory:
-    """The apps of a file; `Directory(None)` knows none, and takes every name for a GUID."""
+    """The apps of a file; `Directory(None)` knows none, and takes every name for a GUID. See `cli.apps.Apps`."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.apps = [] if path is None else _read(path)
         self._by_guid = {app.guid: app for app in self.apps}
 
-    def app(self, guid: str) -> App:
-        """The app of this GUID. One that is not listed is shown by its GUID."""
-        return self._by_guid.get(guid) or App(guid, guid)
+    def known(self, guids: Iterable[str]) -> dict[str, App]:
+        return {guid: self._by_guid.get(guid) or App(guid, guid) for guid in guids}
 
     def within(self, org: str | None, space: str | None) -> list[App]:
         return [app for app in self.apps if space in (None, app.space) and org in (None, app.org)]
 
-    def find(self, name: str, org: str | None = None, space: str | None = None) -> App:
-        """The one app of this name, in this org and space if they are given, or of this GUID. Raises Failed."""
+    def find_all(self, wanted: Iterable[Place]) -> dict[Place, App]:
+        if self.path is None:
+            raise NoNames
+        there = {Place(app.org, app.space, app.name): app for app in self.apps}
+        return {place: there[place] for place in wanted if place in there}
+
+    def find(self, name: str, org: str | None, space: str | None) -> App:
         if self.path is None:
             return App(name, name)
         found = [app for app in self.within(org, space) if app.name == name]
@@ -44,7 +50,7 @@ class Directory:
         if name in self._by_guid and not found:
             return self._by_guid[name]
         if not found:
-            raise Failed(f"App '{name}' not found{_place(org, space)}. The apps are those of {self.path}.")
+            raise Failed(f"App '{name}' not found{place_text(org, space)}. The apps are those of {self.path}.")
         raise Failed(
             f"App '{name}' is ambiguous: {_candidates(found)}. "
             "Give its GUID, or name its space with -s (the destination's) or SILKBUS_SPACE (the source's)."
@@ -55,11 +61,6 @@ def _candidates(apps: Iterable[App]) -> str:
     return ", ".join(f"{app.guid} (org {app.org} / space {app.space})" for app in apps)
 
 
-def _place(org: str | None, space: str | None) -> str:
-    words = [f"{kind} {value}" for kind, value in (("org", org), ("space", space)) if value]
-    return f" in {' / '.join(words)}" if words else ""
-
-
 def _read(path: Path) -> list[App]:
     try:
         content = json.loads(path.read_text())
@@ -67,13 +68,19 @@ def _read(path: Path) -> list[App]:
         found = [App(*(_text(item, key) for key in ("guid", "name", "space", "org"))) for item in apps]
     except OSError as error:
         raise Failed(f"The directory {path} cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise Failed(f"The directory {path} is not JSON: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise Failed(
-            f'The directory {path} must look like {{"apps": [{{"guid", "name", "space", "org"}}]}}, all texts: {error}'
-        ) from None
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError):
+            raise Failed(f"The directory {path} is not JSON: {error}") from None
+        raise _misshapen(path, error) from None
+    except (KeyError, TypeError) as error:
+        raise _misshapen(path, error) from None
     return found
+
+
+def _misshapen(path: Path, error: Exception) -> Failed:
+    return Failed(
+        f'The directory {path} must look like {{"apps": [{{"guid", "name", "space", "org"}}]}}, all texts: {error}'
+    )
 
 
 def _text(item: dict[str, object], key: str) -> str:

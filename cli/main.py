@@ -11,36 +11,45 @@ from importlib import import_module
 
 Main = Callable[[list[str]], int]
 
-COMMANDS = {
-    "add-network-policy": ("cli.policies:add", "Create policy to allow direct network traffic from one app to another"),
-    "remove-network-policy": (
-        "cli.policies:remove",
-        "Remove network traffic policy of an app",
-    ),
-    "network-policies": ("cli.policies:show", "List direct network traffic policies"),
+# Title of the group: name of the command: function that takes the arguments and returns the exit code; what it does.
+GROUPS = {
+    "Network policies": {
+        "add-network-policy": ("cli.policies:add", "Create policy to allow direct network traffic between two apps"),
+        "remove-network-policy": ("cli.policies:remove", "Remove network traffic policy of an app"),
+        "network-policies": ("cli.policies:show", "List direct network traffic policies"),
+    },
 }
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 GROUP = "silkbus.commands"
 
 USAGE = 2
 """Exit code for a command line that cannot be understood; 1 is for what was tried and failed."""
+INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, without the program's name; the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
+        if len(arguments) > 1:
+            return main([arguments[1], "--help"])
         sys.stdout.write(overview())
         return 0 if arguments else USAGE
     name, *rest = arguments
     command = find(name)
     if command is None:
-        sys.stderr.write(f"silkbus: no command {name!r}; `silkbus --help` lists them\n")
+        sys.stderr.write(f"silkbus: no command {name!r}{_resembling(name)}; `silkbus --help` lists them\n")
         return USAGE
+    return run(command, rest)
+
+
+def run(command: Main, arguments: list[str]) -> int:
+    """Call a command; what ends it from outside becomes an exit code."""
     try:
-        code = command(rest)
+        code = command(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has read enough; what is still buffered must go somewhere when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,16 +71,30 @@ def find(name: str) -> Main | None:
 
 def overview() -> str:
     """The text of `silkbus --help`."""
+    text = "Usage: silkbus COMMAND [ARGUMENT…]\n"
+    for title, commands in GROUPS.items():
+        text += f"\n{title}:\n" + "".join(f"  {name:24}{what}\n" for name, (_, what) in commands.items())
+    if others := _others():
+        text += "\nOther commands:\n" + "".join(f"  {name}\n" for name in others)
+    return text + (
+        "\nExamples:\n"
+        "  silkbus add-network-policy frontend backend --protocol tcp --port 8080\n"
+        "  silkbus network-policies --source frontend\n"
+        "\n`silkbus COMMAND --help` explains a command and shows how it is used.\n"
+    )
+
+
+def _others() -> list[str]:
     from importlib.metadata import entry_points
 
-    others = sorted({entry.name for entry in entry_points(group=GROUP)})
-    lines = [f"  {name:24}{text}\n" for name, (_, text) in COMMANDS.items()]
-    return (
-        "Usage: silkbus COMMAND [ARGUMENT…]\n\nNetwork policies:\n"
-        + "".join(lines)
-        + ("\nOther commands:\n" + "".join(f"  {name}\n" for name in others) if others else "")
-        + "\n`silkbus COMMAND --help` explains a command.\n"
-    )
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
+def _resembling(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, [*COMMANDS, *_others()], n=2)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 if __name__ == "__main__":

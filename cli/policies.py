@@ -1,135 +1,147 @@
 """add-network-policy, remove-network-policy and network-policies, as the cf CLI has them (contract/policy.md 6.2).
 
-What differs: the user is not named ("as U"), since a token from a file does not say whose it is; source and destination
-need no targeted space when their names are unique; a GUID will do for a name.
+What differs: the user is named ("as U") only if the token tells whose it is; without the cf CLI, source and destination
+need no targeted space when their names are unique; a GUID will do for a name. As with cf, `-o` is the destination's org
+where there is a destination, so that only `--output` says there how to print; elsewhere `-o` means that, too.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import NoReturn
 
-from cli import configuration, terminal
-from cli.client import Client, Policy
-from cli.directory import App, Directory
+from cli import arguments as command_line
+from cli import output, terminal
+from cli.apps import App
+from cli.client import Policy
 from cli.errors import WrongUsage
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongUsage(message)
-
-
-class _Session:
-    """What every command needs, made from its command line and the configuration."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        flags = {"api": arguments.api, "token_file": arguments.token_file, "directory": arguments.directory}
-        self.configuration = configuration.load(flags)
-        self.client = Client(self.configuration.api, self.configuration.token)
-        self.directory = Directory(self.configuration.directory)
-
-    def source(self, name: str) -> App:
-        return self.directory.find(name, self.configuration.org, self.configuration.space)
-
-    def destination(self, name: str, arguments: argparse.Namespace, source: App) -> App:
-        if arguments.space is None:
-            return self.directory.find(name, self.configuration.org, self.configuration.space)
-        if self.directory.path is None:
-            raise WrongUsage("a space can be given only with a directory of apps: --directory FILE, SILKBUS_DIRECTORY")
-        return self.directory.find(name, arguments.org or source.org, arguments.space)
+from cli.session import Session
 
 
 def add(argv: list[str]) -> int:
     """`silkbus add-network-policy`; the exit code."""
     parser = _change_parser(
-        "add-network-policy", "Create policy to allow direct network traffic from one app to another."
+        "add-network-policy",
+        "Create policy to allow direct network traffic from one app to another.",
+        [
+            ("frontend backend", "tcp, port 8080"),
+            ("frontend backend --protocol udp --port 7000-7010", "a range of ports"),
+            ("frontend db -s prod -o other --protocol tcp --port 5432", "to an app of another space and org"),
+        ],
     )
 
     def run(arguments: argparse.Namespace) -> None:
         _check_change(arguments)
         if (arguments.protocol is None) != (arguments.port is None):
             raise WrongUsage("--protocol and --port flags must be specified together")
-        session = _Session(arguments)
-        policy = _policy(session, arguments, "Adding")
+        session = Session(arguments)
+        policy, ends = _policy(session, arguments, "Adding")
         session.client.add([policy])
-        terminal.ok()
+        _done(arguments, policy, ends)
 
-    return _run(parser, argv, run)
+    return command_line.run(parser, argv, run)
 
 
 def remove(argv: list[str]) -> int:
     """`silkbus remove-network-policy`; the exit code."""
-    parser = _change_parser("remove-network-policy", "Remove network traffic policy of an app.")
+    parser = _change_parser(
+        "remove-network-policy",
+        "Remove network traffic policy of an app. Protocol and ports must be those it was made with.",
+        [
+            ("frontend backend --protocol tcp --port 8080", "one port"),
+            ("frontend db -s prod --protocol tcp --port 5000-5010", "a range, to an app of another space"),
+        ],
+    )
 
     def run(arguments: argparse.Namespace) -> None:
         _check_change(arguments)
         _require("flag", "specified", {"--protocol": arguments.protocol, "--port": arguments.port}, close="'")
-        session = _Session(arguments)
-        policy = _policy(session, arguments, "Removing")
+        session = Session(arguments)
+        policy, ends = _policy(session, arguments, "Removing")
         if policy in session.client.policies(sources=[policy.source]):
             session.client.remove([policy])
-        else:
+        elif arguments.output == "table":
             terminal.say("Policy does not exist.")
-        terminal.ok()
+        _done(arguments, policy, ends)
 
-    return _run(parser, argv, run)
+    return command_line.run(parser, argv, run)
 
 
 def show(argv: list[str]) -> int:
     """`silkbus network-policies`; the exit code."""
-    parser = _parser("network-policies", "List direct network traffic policies.")
+    parser = command_line.api_parser(
+        "network-policies",
+        "List direct network traffic policies: those of the targeted space's apps, or all if none is targeted.",
+        [
+            ("", "every policy whose source is in the targeted space"),
+            ("--source frontend", "only those of one app"),
+            ("-o json", "for programs"),
+        ],
+    )
     parser.add_argument("--source", metavar="SOURCE_APP", help="only those of this app")
-    parser.add_argument("--output", choices=("table", "json"), default="table", help="how to print them")
+    command_line.add_output(parser)
 
     def run(arguments: argparse.Namespace) -> None:
-        session = _Session(arguments)
-        target = session.configuration
-        sources: list[str] | None = None
+        session = Session(arguments)
+        sources: list[App] | None = None
         of = ""
         if arguments.source is not None:
             app = session.source(arguments.source)
-            of, sources = f" of app {terminal.name(app.name)}", [app.guid]
-        elif target.space is not None:
-            sources = [app.guid for app in session.directory.within(target.org, target.space)]
+            of, sources = f" of app {terminal.name(app.name)}", [app]
+        elif session.space is not None:
+            sources = session.apps.within(session.org, session.space)
         if arguments.output == "table":
-            terminal.say(f"Listing network policies{of}{_place(target.org, target.space)}...\n")
-        policies = session.client.policies(sources=sources)
-        ends = [
-            (policy, session.directory.app(policy.source), session.directory.app(policy.destination))
-            for policy in policies
-        ]
-        if arguments.output == "json":
-            terminal.say(json.dumps([_as_json(*row) for row in ends], indent=2, ensure_ascii=False))
-        else:
-            header = ("source", "destination", "protocol", "ports", "destination space", "destination org")
-            terminal.table(header, [_as_row(*row) for row in ends])
+            terminal.say(f"Listing network policies{of}{_place(session.org, session.space)}{_as(session)}...\n")
+        guids = None if sources is None else [app.guid for app in sources]
+        rows = with_names(session, session.client.policies(sources=guids))
+        header = ("source", "destination", "protocol", "ports", "destination space", "destination org")
+        value = [as_value(*row) for row in rows]
+        output.write(arguments.output, value, header, [_as_row(*row) for row in rows])
 
-    return _run(parser, argv, run)
+    return command_line.run(parser, argv, run)
 
 
-def _parser(command: str, description: str) -> _Parser:
-    parser = _Parser(prog=f"silkbus {command}", description=description, allow_abbrev=False)
-    parser.add_argument("--api", metavar="URL", help="where the policy server is [SILKBUS_API]")
-    parser.add_argument("--token-file", metavar="FILE", help="file that holds the token [SILKBUS_TOKEN_FILE]")
-    parser.add_argument("--directory", metavar="FILE", help="names of the apps, as JSON [SILKBUS_DIRECTORY]")
-    return parser
+def with_names(session: Session, policies: list[Policy]) -> list[tuple[Policy, App, App]]:
+    """Each policy with its source and destination."""
+    apps = session.apps.known(guid for policy in policies for guid in (policy.source, policy.destination))
+    return [(policy, apps[policy.source], apps[policy.destination]) for policy in policies]
 
 
-def _change_parser(command: str, description: str) -> _Parser:
-    parser = _parser(command, description)
+def as_value(policy: Policy, source: App, destination: App) -> dict[str, object]:
+    """A policy as JSON and YAML show it."""
+    return {
+        "source": asdict(source),
+        "destination": asdict(destination),
+        "protocol": policy.protocol,
+        "ports": {"start": policy.start, "end": policy.end},
+    }
+
+
+def protocol(text: str) -> str:
+    """`tcp` or `udp`, given in whatever case. Raises WrongUsage."""
+    if text.lower() not in ("tcp", "udp"):
+        raise WrongUsage('PROTOCOL must be "tcp" or "udp"')
+    return text.lower()
+
+
+def ports(text: str) -> tuple[int, int]:
+    """First and last port of `N` or `N-M`; whether they can be ports is the server's to say. Raises WrongUsage."""
+    parts = text.split("-")
+    if len(parts) > 2:
+        raise WrongUsage("PORT syntax must match integer[-integer]")
+    if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
+        raise WrongUsage("PORT must be a positive integer")
+    return int(parts[0]), int(parts[-1])
+
+
+def _change_parser(command: str, description: str, examples: list[command_line.Example]) -> command_line.Parser:
+    parser = command_line.api_parser(command, description, examples)
     parser.add_argument("source", metavar="SOURCE_APP", nargs="?")
     parser.add_argument("destination", metavar="DESTINATION_APP", nargs="?")
     parser.add_argument("-s", dest="space", metavar="SPACE", help="the destination's space")
     parser.add_argument("-o", dest="org", metavar="ORG", help="the destination's org")
-    parser.add_argument("--protocol", type=_protocol, metavar="tcp|udp", help="default for adding: tcp")
-    parser.add_argument("--port", type=_ports, metavar="N|N-M", help="port or range; default for adding: 8080")
+    parser.add_argument("--protocol", type=protocol, metavar="tcp|udp", help="default for adding: tcp")
+    parser.add_argument("--port", type=ports, metavar="N|N-M", help="port or range; default for adding: 8080")
+    command_line.add_output(parser, short=False)
     return parser
-
-
-def _run(parser: _Parser, argv: Sequence[str], command: Callable[[argparse.Namespace], None]) -> int:
-    return terminal.guarded(lambda: command(parser.parse_args(argv)), parser.format_usage())
 
 
 def _check_change(arguments: argparse.Namespace) -> None:
@@ -146,33 +158,31 @@ def _require(kind: str, done: str, values: dict[str, object], *, close: str) -> 
         raise WrongUsage(f"the required {kind}{plural} {' and '.join(missing)} {verb} not {done}")
 
 
-def _policy(session: _Session, arguments: argparse.Namespace, doing: str) -> Policy:
-    """The policy that the command line means; says on the terminal what is being done."""
+def _policy(session: Session, arguments: argparse.Namespace, doing: str) -> tuple[Policy, tuple[App, App]]:
+    """The policy that the command line means, and its apps; says on the terminal what is being done."""
     source = session.source(arguments.source)
-    destination = session.destination(arguments.destination, arguments, source)
+    destination = session.destination(arguments.destination, arguments.org, arguments.space, source)
     here, there = _place(source.org, source.space), _place(destination.org, destination.space)
     apart = arguments.space is not None or here != there
-    terminal.say(
-        f"{doing} network policy from app {terminal.name(source.name)}{here if apart else ''}"
-        f" to app {terminal.name(destination.name)}{there}..."
-    )
+    if arguments.output == "table":
+        terminal.say(
+            f"{doing} network policy from app {terminal.name(source.name)}{here if apart else ''}"
+            f" to app {terminal.name(destination.name)}{there}{_as(session)}..."
+        )
     start, end = arguments.port or (8080, 8080)
-    return Policy(source.guid, destination.guid, arguments.protocol or "tcp", start, end)
+    policy = Policy(source.guid, destination.guid, arguments.protocol or "tcp", start, end)
+    return policy, (source, destination)
 
 
-def _protocol(text: str) -> str:
-    if text.lower() not in ("tcp", "udp"):
-        raise WrongUsage('PROTOCOL must be "tcp" or "udp"')
-    return text.lower()
+def _done(arguments: argparse.Namespace, policy: Policy, ends: tuple[App, App]) -> None:
+    if arguments.output == "table":
+        terminal.ok()
+    else:
+        output.structured(arguments.output, as_value(policy, *ends))
 
 
-def _ports(text: str) -> tuple[int, int]:
-    parts = text.split("-")
-    if len(parts) > 2:
-        raise WrongUsage("PORT syntax must match integer[-integer]")
-    if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
-        raise WrongUsage("PORT must be a positive integer")
-    return int(parts[0]), int(parts[-1])
+def _as(session: Session) -> str:
+    return f" as {terminal.name(session.user)}" if session.user else ""
 
 
 def _place(org: str | None, space: str | None) -> str:
@@ -181,14 +191,4 @@ def _place(org: str | None, space: str | None) -> str:
 
 
 def _as_row(policy: Policy, source: App, destination: App) -> tuple[str, ...]:
-    ports = str(policy.start) if policy.start == policy.end else f"{policy.start}-{policy.end}"
-    return source.name, destination.name, policy.protocol, ports, destination.space, destination.org
-
-
-def _as_json(policy: Policy, source: App, destination: App) -> dict[str, object]:
-    return {
-        "source": asdict(source),
-        "destination": asdict(destination),
-        "protocol": policy.protocol,
-        "ports": {"start": policy.start, "end": policy.end},
-    }
+    return source.name, destination.name, policy.protocol, policy.ports, destination.space, destination.org

@@ -44,16 +44,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         say("".join(cells) + (_coloured(row[-1], paint) if paint else row[-1]))
 
 
-def guarded(command: Callable[[], None], usage: str) -> int:
-    """Run a command; its exit code: 0, 1 when it failed, 2 when its command line was wrong."""
+def guarded(command: Callable[[], int | None], usage: Callable[[], str], *, failed: int = 1) -> int:
+    """Run a command; its exit code: its own, `failed` when it failed, 2 when its command line was wrong."""
     try:
-        command()
+        return command() or 0
     except Failed as error:
-        code, text = 1, str(error)
+        code, text = failed, str(error)
     except WrongUsage as error:
-        code, text = 2, f"Incorrect Usage: {error}\n\n{usage}"
-    else:
-        return 0
+        code, text = 2, f"Incorrect Usage: {error}\n\n{usage()}"
     sys.stdout.flush()
     sys.stderr.write(text.rstrip("\n") + "\n")
     sys.stderr.flush()

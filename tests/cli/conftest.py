@@ -52,7 +52,7 @@ def bare(home: Path) -> Run:
     """Runs silkbus with no configuration but the environment given."""
 
     def run(*arguments: str, **environment: str) -> Result:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SILKBUS_", "XDG_"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SILKBUS_", "XDG_", "CF_"))}
         done = subprocess.run(
             [PROGRAM, *arguments],
             env={**kept, "HOME": str(home), **environment},

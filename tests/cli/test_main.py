@@ -24,7 +24,9 @@ def test_help_lists_all_commands(bare: Run) -> None:
 
 
 def test_an_unknown_command_is_wrong_usage(bare: Run) -> None:
-    assert bare("add-policy") == Result(2, "", "silkbus: no command 'add-policy'; `silkbus --help` lists them\n")
+    text = "silkbus: no command 'frobnicate'; `silkbus --help` lists them\n"
+    assert bare("frobnicate") == Result(2, "", text)
+    assert "(did you mean network-policies or " in bare("network-policie").err
 
 
 def test_every_command_that_is_listed_is_there() -> None:
@@ -67,12 +69,12 @@ def test_flags_beat_the_environment_which_beats_the_file(bare: Run, home: Path, 
 
 def test_what_is_wrong_with_the_configuration_is_said(bare: Run, home: Path) -> None:
     file = home / ".config" / "silkbus" / "config.json"
-    assert (
-        bare("network-policies").err
-        == f'No API endpoint set. Use --api URL, set SILKBUS_API, or put "api" into {file}.\n'
+    text = (
+        f'No API endpoint set. Log in with `cf login`, or use --api URL, set SILKBUS_API, or put "api" into {file}.\n'
     )
+    assert bare("network-policies").err == text
     assert "must be an http:// or https:// URL, not 'x'" in bare("network-policies", "--api", "x").err
-    assert bare("network-policies", "--api", "http://x").err.startswith("Not logged in. Set SILKBUS_TOKEN")
+    assert bare("network-policies", "--api", "http://x").err.startswith("Not logged in. Log in with `cf login`")
     result = bare("network-policies", "--api", "http://x", "--token-file", "/nothing")
     assert "The token file /nothing cannot be read" in result.err
     file.parent.mkdir(parents=True)

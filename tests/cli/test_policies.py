@@ -85,7 +85,10 @@ def test_without_a_directory_names_are_guids(silkbus: Run) -> None:
     assert rows(silkbus("network-policies", SILKBUS_DIRECTORY="")) == [("x", "y", "tcp", "8080", "", "")]
     result = silkbus("add-network-policy", "x", "y", "-s", "dev", SILKBUS_DIRECTORY="")
     assert result.code == 2
-    assert "a space can be given only with a directory of apps" in result.err
+    assert (
+        "names of apps, spaces and orgs need a directory of apps (--directory FILE, SILKBUS_DIRECTORY) or a login"
+        in result.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,10 +141,15 @@ def test_apps_that_cannot_be_told(silkbus: Run, environment: dict[str, str]) -> 
 
 
 def test_the_servers_refusals_are_shown(silkbus: Run) -> None:
-    failed(silkbus("network-policies", **WRONG_TOKEN), "failed to verify token with uaa")
+    failed(
+        silkbus("network-policies", **WRONG_TOKEN),
+        "failed to verify token with uaa\n"
+        "TIP: the token is not valid, or has expired: log in again (`cf login`), or give another token.",
+    )
     failed(
         silkbus("network-policies", SILKBUS_TOKEN=READER_TOKEN),
-        "provided scopes [a b] do not include allowed scopes [network.admin network.write]",
+        "provided scopes [a b] do not include allowed scopes [network.admin network.write]\n"
+        "TIP: ask an administrator for the scope network.write or network.admin.",
     )
     failed(
         silkbus("add-network-policy", "front", "back", "--protocol", "tcp", "--port", "90-80"),
@@ -153,7 +161,7 @@ def test_a_server_that_is_not_there(silkbus: Run, standing_server: PolicyServer)
     result = silkbus("network-policies", SILKBUS_API="http://127.0.0.1:9")
     assert result.code == 1
     assert "http://127.0.0.1:9 refused the connection, trying once more" in result.err
-    assert "cannot be reached: [Errno 111] Connection refused. Is the policy server up" in result.err
+    assert "cannot be reached: [Errno 111] Connection refused. Is it up, and the URL right?" in result.err
     failed(
         silkbus("network-policies", SILKBUS_API=standing_server.url + "/elsewhere"),
         "Error Code: 404\nRaw Response: 404 page not found",
