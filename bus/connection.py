@@ -99,6 +99,20 @@ class Connection:
         """Bytes that wait to be sent. When there are too many, messages are dropped."""
         return int(self._client.pending_data_size) if self._client is not None else 0
 
+    async def round_trip(self, timeout: float) -> float:
+        """Seconds that the server takes to answer a ping. Raises BusAway, also if it takes longer than `timeout`."""
+        client = self._client
+        if client is None or not client.is_connected:
+            raise BusAway(f"no connection to NATS at {', '.join(self.servers)}")
+        began = time.monotonic()
+        try:
+            with cancellation_heeded():
+                async with asyncio.timeout(timeout):
+                    await client.flush(timeout=int(timeout) + 1)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise BusAway(f"NATS does not answer a ping within {timeout:g} s: {error!r}") from None
+        return time.monotonic() - began
+
     def on_connect(self, watcher: Callable[[], None]) -> None:
         """Call `watcher` after each connection made from now on."""
         self._watchers.append(watcher)
