@@ -90,6 +90,16 @@ class Reconciler:
     def containers(self) -> int:
         return len(self._model.containers)
 
+    @property
+    def model(self) -> Model:
+        """What is wanted. To be read in the event loop, and changed by this class only."""
+        return self._model
+
+    @property
+    def settings(self) -> EnforcerSettings:
+        """The settings in force: those given, but for what was changed while running."""
+        return self._settings
+
     def on_pass(self, watcher: Callable[[], None]) -> None:
         """Call `watcher` after each pass from now on, and when one has failed for good."""
         self._watchers.append(watcher)
@@ -132,6 +142,13 @@ class Reconciler:
         await self._until_usable()
         self._everything()
         return await self._applied()
+
+    async def log_accepted(self, wanted: bool) -> None:
+        """Log flows that policies let in, or no more; returns once the rules are so. Raises NotReady."""
+        await self._until_usable()
+        self._settings = replace(self._settings, log_accepted=wanted)
+        self._everything()
+        await self._applied()
 
     def _everything(self) -> None:
         """Nothing is taken as known."""
