@@ -1,11 +1,11 @@
 """The policy server's external API, version v1 (contract/policy.md 1.4, 6.2)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from cli.errors import Failed
+from cli.errors import Failed, Refused
 from cli.web import Answer, Server
 
 BATCH = 200
@@ -60,18 +60,22 @@ class Client:
             return self._list("")
         guids = list(dict.fromkeys(sources))
         wanted = frozenset(guids)
-        # `id` is source or destination: the one filter that cf uses. Two batches may bring the same policy.
+        return [policy for policy in self.concerning(guids) if policy.source in wanted]
+
+    def concerning(self, guids: Sequence[str]) -> list[Policy]:
+        """The policies that have one of these for source or destination, the one filter that cf uses."""
         batches = (guids[start : start + BATCH] for start in range(0, len(guids), BATCH))
         found = (policy for batch in batches for policy in self._list(f"?id={quote(','.join(batch), safe='')}"))
-        return list(dict.fromkeys(policy for policy in found if policy.source in wanted))
+        # Two batches may bring the same policy.
+        return list(dict.fromkeys(found))
 
     def get(self, path: str) -> Any:
         """The JSON object at a path below the API's, with its query."""
-        return _object(self.server.send("GET", path))
+        return checked(self.server.send("GET", path))
 
     def _change(self, path: str, policies: Iterable[Policy]) -> int | None:
         answer = self.server.send("POST", path, {"policies": [policy.encode() for policy in policies]})
-        _object(answer)
+        checked(answer)
         revision = answer.header("X-Silkbus-Revision")
         return int(revision) if revision.isdigit() else None
 
@@ -85,7 +89,7 @@ class Client:
             ) from None
 
 
-def _object(answer: Answer) -> Any:
+def checked(answer: Answer) -> Any:
     """The JSON object answered; errors as the cf CLI shows them (contract/policy.md 6.2)."""
     value = answer.json()
     if not isinstance(value, dict):
@@ -94,10 +98,12 @@ def _object(answer: Answer) -> Any:
         return value
     text = str(value.get("error", ""))
     if answer.status in (400, 401, 403, 406, 409):
-        raise Failed(text + _advice(answer.status, text))
-    raise Failed(
+        raise Refused(text + _advice(answer.status, text), answer.status, text)
+    raise Refused(
         f"Unexpected Response\nResponse code: {answer.status}\n"
-        f"Request ID:    {answer.header('X-Vcap-Request-Id')}\nDescription:   {text}"
+        f"Request ID:    {answer.header('X-Vcap-Request-Id')}\nDescription:   {text}",
+        answer.status,
+        text,
     )
 
 
