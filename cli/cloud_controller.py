@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from cli.apps import App, Place, place_text
-from cli.errors import Failed
+from cli.errors import Failed, NotFound
 from cli.web import Server
 
 BATCH = 150
@@ -50,7 +50,7 @@ class CloudController:
             return found
         if _GUID.fullmatch(name):
             return self._by_guid(name)
-        raise Failed(f"App '{name}' not found{place_text(org, space)}.")
+        raise NotFound(f"App '{name}' not found{place_text(org, space)}.")
 
     def find_all(self, wanted: Iterable[Place]) -> dict[Place, App]:
         names: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
@@ -79,7 +79,7 @@ class CloudController:
     def _by_guid(self, guid: str) -> App:
         found = self._placed(self._listed("apps", "guids", [guid]))
         if guid not in found:
-            raise Failed(f"App '{guid}' not found.")
+            raise NotFound(f"App '{guid}' not found.")
         return found[guid]
 
     def _placed(self, items: Sequence[Any]) -> dict[str, App]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cli.apps import App, Place, place_text
-from cli.errors import Failed, WrongUsage
+from cli.errors import Failed, NotFound, WrongUsage
 
 
 class NoNames(WrongUsage):
@@ -50,7 +50,7 @@ class Directory:
         if name in self._by_guid and not found:
             return self._by_guid[name]
         if not found:
-            raise Failed(f"App '{name}' not found{place_text(org, space)}. The apps are those of {self.path}.")
+            raise NotFound(f"App '{name}' not found{place_text(org, space)}. The apps are those of {self.path}.")
         raise Failed(
             f"App '{name}' is ambiguous: {_candidates(found)}. "
             "Give its GUID, or name its space with -s (the destination's) or SILKBUS_SPACE (the source's)."

@@ -18,6 +18,17 @@ GROUPS = {
         "remove-network-policy": ("cli.policies:remove", "Remove network traffic policy of an app"),
         "network-policies": ("cli.policies:show", "List direct network traffic policies"),
     },
+    "The same as the cf CLI plugin of 2017 had it": {
+        "allow-access": ("cli.access:allow", "Allow direct network traffic from one app to another"),
+        "remove-access": ("cli.access:remove", "Remove policy and deny direct network traffic from one app to another"),
+        "deny-access": ("cli.access:deny", "Deprecated! Use remove-access"),
+        "list-access": ("cli.access:show", "List policy for direct network traffic from one app to another"),
+    },
+    "Policy as code": {
+        "apply": ("cli.apply:apply", "Make the policies be what a file says"),
+        "diff": ("cli.apply:diff", "Say how the policies differ from a file"),
+        "export": ("cli.apply:export", "Print the policies as a file"),
+    },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 GROUP = "silkbus.commands"

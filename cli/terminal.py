@@ -6,22 +6,26 @@ from collections.abc import Callable, Sequence
 
 from cli.errors import Failed, WrongUsage
 
-_RESET = "\x1b[0m"
-_BOLD = "\x1b[1m"
-_CYAN = "\x1b[36;1m"
-_GREEN = "\x1b[32;1m"
-_RED = "\x1b[31;1m"
+RESET = "\x1b[0m"
+BOLD = "\x1b[1m"
+CYAN = "\x1b[36;1m"
+GREEN = "\x1b[32;1m"
+RED = "\x1b[31;1m"
 
 
-def _coloured(text: str, colour: str) -> str:
-    """Coloured on a terminal that has colours and whose user wants them (https://no-color.org)."""
-    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return f"{colour}{text}{_RESET}" if wanted else text
+def coloured(text: str, colour: str) -> str:
+    """Coloured, if that is wanted."""
+    return f"{colour}{text}{RESET}" if colours() else text
+
+
+def colours() -> bool:
+    """Whether output goes to a terminal that has colours and whose user wants them (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def name(text: str) -> str:
     """The name of an app, org, space or user in a sentence."""
-    return _coloured(text, _CYAN)
+    return coloured(text, CYAN)
 
 
 def say(text: str) -> None:
@@ -29,19 +33,19 @@ def say(text: str) -> None:
 
 
 def ok() -> None:
-    say(_coloured("OK", _GREEN) + "\n")
+    say(coloured("OK", GREEN) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns padded to the longest cell and three blanks; the last is not padded."""
     widths = [max(len(cell) for cell in column) + 3 for column in zip(header, *rows, strict=True)]
     for index, row in enumerate((header, *rows)):
-        paint = _BOLD if index == 0 else ""
+        paint = BOLD if index == 0 else ""
         cells = [
-            (_coloured(cell, paint) if paint else cell) + " " * (width - len(cell))
+            (coloured(cell, paint) if paint else cell) + " " * (width - len(cell))
             for cell, width in zip(row[:-1], widths[:-1], strict=True)
         ]
-        say("".join(cells) + (_coloured(row[-1], paint) if paint else row[-1]))
+        say("".join(cells) + (coloured(row[-1], paint) if paint else row[-1]))
 
 
 def guarded(command: Callable[[], int | None], usage: Callable[[], str], *, failed: int = 1) -> int:
@@ -55,5 +59,5 @@ def guarded(command: Callable[[], int | None], usage: Callable[[], str], *, fail
     sys.stdout.flush()
     sys.stderr.write(text.rstrip("\n") + "\n")
     sys.stderr.flush()
-    say(_coloured("FAILED", _RED))
+    say(coloured("FAILED", RED))
     return code
