@@ -259,6 +259,17 @@ class Ledger:
                     return await work(connection)
         raise AssertionError("retrying ends by returning or raising")
 
+    async def write(self, work: Callable[[DatabaseConnection], Awaitable[R]]) -> R:
+        """Run `work` in one write transaction that is no change of the table: it has no revision, nobody hears of it.
+
+        It may run several times, and beside changes; raises what the database raises.
+        """
+        async for attempt in self._retrying("writing", self._patience):
+            with attempt:
+                async with transaction(self.database, write=True) as connection:
+                    return await work(connection)
+        raise AssertionError("retrying ends by returning or raising")
+
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         try:

@@ -1,23 +1,12 @@
-"""Running with the configuration file of Cloud Foundry's own policy server (contract/policy.md 1.13).
+"""Running with the configuration file of Cloud Foundry's own policy server (contract/policy.md 1.13)."""
 
-What BOSH renders for it is translated to our settings, as environment variables, over which the real environment has
-precedence: NATS, for one, is named only there. Fatal errors are told as the original tells them, for those who watch
-for its texts; only the order of several wrong fields is fixed here. Keys that mean nothing to us are ignored, as
-unknown ones are: there is no metron to send metrics to, and /metrics instead.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote
 
+import bus.legacy_config
 from bus.decode import Malformed
-from bus.json_input import Object, get_flag, get_integer, get_object, get_text, get_texts, parse
-
-JOB = "policy-server"
-_PREFIX = "cfnetworking"
-"""The log prefix until the file tells another."""
+from bus.json_input import Object, get_flag, get_integer, get_text, get_texts
+from bus.legacy_config import CannotUse as CannotUse
+from bus.legacy_config import LegacyConfig, Original, address, database
 
 _TEXTS = {
     "listen_host": "ListenHost",
@@ -49,66 +38,26 @@ _AT_LEAST = {
     "connections_max_lifetime_seconds": ("MaxConnectionsLifetimeSeconds", 0),
 }
 _LEVELS = {"": "info", "debug": "debug", "info": "info", "warn": "warning", "error": "error", "fatal": "error"}
-_DIALECTS = {"postgres": "postgresql", "mysql": "mysql"}
 
 
-class CannotUse(Exception):
-    """The file cannot be used. The text is the whole line for standard error."""
-
-
-@dataclass(frozen=True, slots=True)
-class LegacyConfig:
-    """The file's log prefix, and the rest of it as environment variables."""
-
-    prefix: str
-    environment: Mapping[str, str]
-
-    def fatal(self, text: str) -> str:
-        return _fatal(self.prefix, text)
+ORIGINAL = Original(
+    name="policy-server: ",
+    reading="could not read config file: reading config: ",
+    parsing="could not read config file: parsing config: ",
+    invalid="could not read config file: invalid config: ",
+    texts=_TEXTS,
+    numbers=_NUMBERS,
+    at_least=_AT_LEAST,
+)
 
 
 def read(path: Path) -> LegacyConfig:
     """Read and check the file. Raises CannotUse."""
-    try:
-        content = parse(path.read_bytes())
-    except OSError as error:
-        reason = (error.strerror or "").lower()
-        raise CannotUse(_fatal(_PREFIX, f"could not read config file: reading config: open {path}: {reason}")) from None
-    except Malformed as error:
-        raise CannotUse(_fatal(_PREFIX, f"could not read config file: parsing config: {error}")) from None
-    try:
-        problems = _check(content)
-    except Malformed as error:
-        raise CannotUse(_fatal(_PREFIX, f"could not read config file: parsing config: {error}")) from None
-    if problems:
-        text = f"could not read config file: invalid config: {', '.join(problems)}"
-        raise CannotUse(_fatal(_PREFIX, text))
-    prefix = get_text(content, "log_prefix", "config")
-    try:
-        return LegacyConfig(prefix, {**_service(content), **_database(content), **_authority(content)})
-    except Malformed as error:
-        raise CannotUse(_fatal(prefix, str(error))) from None
-
-
-def _fatal(prefix: str, text: str) -> str:
-    return f"{datetime.now(UTC):%Y/%m/%d %H:%M:%S} {prefix}.{JOB}: {text}"
-
-
-def _check(content: Object) -> list[str]:
-    """What is wrong with the fields, in a fixed order. Raises Malformed for a value of another type."""
-    problems = [f"{field}: zero value" for key, field in _TEXTS.items() if not get_text(*_find(content, key))]
-    problems += [f"{field}: zero value" for key, field in _NUMBERS.items() if not get_integer(*_find(content, key))]
-    for key, (field, least) in _AT_LEAST.items():
-        if get_integer(*_find(content, key)) < least:
-            problems.append(f"{field}: less than min")
-    return problems
-
-
-def _find(content: Object, key: str) -> tuple[Object, str, str]:
-    """Where `key` is: the object that may hold it, its name there, and the object's name."""
-    if key.startswith("database."):
-        return get_object(content, "database", "config"), key.removeprefix("database."), "config.database"
-    return content, key, "config"
+    return bus.legacy_config.read(
+        path,
+        ORIGINAL,
+        lambda content: {**_service(content), **database(content, "db connect: "), **_authority(content)},
+    )
 
 
 def _service(content: Object) -> dict[str, str]:
@@ -116,8 +65,8 @@ def _service(content: Object) -> dict[str, str]:
     if level not in _LEVELS:
         raise Malformed(f"unknown log level: {level}; use debug, info, warn, error or fatal")
     result = {
-        "SILKBUS_LISTEN": _address(content, "listen_host", "listen_port"),
-        "SILKBUS_DEBUG_LISTEN": _address(content, "debug_server_host", "debug_server_port"),
+        "SILKBUS_LISTEN": address(content, "listen_host", "listen_port"),
+        "SILKBUS_DEBUG_LISTEN": address(content, "debug_server_host", "debug_server_port"),
         "SILKBUS_LOG_LEVEL": _LEVELS[level],
         "SILKBUS_TAG_LENGTH": str(get_integer(content, "tag_length", "config")),
         "SILKBUS_MAX_POLICIES": str(get_integer(content, "max_policies", "config")),
@@ -129,35 +78,6 @@ def _service(content: Object) -> dict[str, str]:
         for key in ("server_cert_file", "server_key_file"):
             if file := get_text(content, key, "config"):
                 result[f"SILKBUS_{key.upper()}"] = file
-    return result
-
-
-def _database(content: Object) -> dict[str, str]:
-    where = "config.database"
-    database = get_object(content, "database", "config")
-    kind = get_text(database, "type", where)
-    if kind not in _DIALECTS:
-        raise Malformed(f"db connect: failed to create connection string: database type '{kind}' is not supported")
-    login = quote(get_text(database, "user", where), safe="")
-    if password := get_text(database, "password", where):
-        login += f":{quote(password, safe='')}"
-    host = _host(get_text(database, "host", where))
-    name = quote(get_text(database, "database_name", where), safe="")
-    result = {
-        "SILKBUS_DATABASE": f"{_DIALECTS[kind]}://{login}@{host}:{get_integer(database, 'port', where)}/{name}",
-        "SILKBUS_DATABASE_CONNECT_TIMEOUT": str(get_integer(database, "timeout", where)),
-    }
-    if get_flag(database, "require_ssl", where):
-        ca = get_text(database, "ca_cert", where)
-        any_name = get_flag(database, "skip_hostname_validation", where)
-        result["SILKBUS_DATABASE_TLS"] = "verify" if not any_name else "verify-ca" if ca else "encrypt"
-        if ca:
-            result["SILKBUS_DATABASE_CA"] = ca
-    # 0 is no limit to the original, and here as good as not set; one connection writes, so one alone would not do.
-    if connections := get_integer(content, "max_open_connections", "config"):
-        result["SILKBUS_DATABASE_CONNECTIONS"] = str(max(connections, 2))
-    if lifetime := get_integer(content, "connections_max_lifetime_seconds", "config"):
-        result["SILKBUS_DATABASE_CONNECTION_LIFETIME"] = str(lifetime)
     return result
 
 
@@ -183,11 +103,3 @@ def _is_blank(file: Path) -> bool:
         return not file.read_bytes().strip()
     except OSError:
         return False
-
-
-def _address(content: Object, host: str, port: str) -> str:
-    return f"{_host(get_text(content, host, 'config'))}:{get_integer(content, port, 'config')}"
-
-
-def _host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
