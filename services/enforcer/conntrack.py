@@ -23,7 +23,7 @@ _NESTED = 0x8000
 _TUPLE_ORIG, _TUPLE_REPLY, _MARK, _ZONE, _MARK_MASK, _FILTER = 1, 2, 8, 18, 21, 25
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _V4_SRC, _V4_DST = 1, 2
-_PROTO_NUM, _PROTO_DST_PORT = 1, 3
+_PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
 _ORIG_FLAGS = 1
 _FLAG_DST = 2
 _PROTOCOLS = {6: "tcp", 17: "udp"}
@@ -45,8 +45,9 @@ class Flow:
     """The source of the answers: not the destination where that was translated."""
     protocol: str
     """tcp, udp, or the protocol's number."""
+    source_port: int
     port: int
-    """The destination's; 0 for protocols without."""
+    """The destination's; both 0 for protocols without."""
     mark: int
     name: bytes
 
@@ -63,9 +64,17 @@ class Conntrack:
     def close(self) -> None:
         self._socket.close()
 
+    def all(self) -> Iterator[Flow]:
+        """Every IPv4 entry."""
+        return self._dump(b"")
+
     def flows(self, tag: int | None = None) -> Iterator[Flow]:
         """IPv4 entries with this tag in the low 16 bits of the mark, or with any."""
         return self._dump(b"" if tag is None else _tagged(tag), tagged=True)
+
+    def marked(self, bits: int) -> Iterator[Flow]:
+        """IPv4 entries that have all these bits in their mark."""
+        return self._dump(_marked(bits, bits))
 
     def flows_to(self, address: IPv4Address, tag: int | None = None) -> Iterator[Flow]:
         """Entries opened to this address, with this tag in the low 16 bits of the mark."""
@@ -76,8 +85,7 @@ class Conntrack:
 
     def mark(self, flow: Flow, value: int, mask: int) -> bool:
         """Set these bits of the flow's mark; False if it is gone."""
-        bits = _attribute(_MARK, struct.pack("!I", value)) + _attribute(_MARK_MASK, struct.pack("!I", mask))
-        return self._change(_NEW, flow.name + bits)
+        return self._change(_NEW, flow.name + _marked(value, mask))
 
     def delete(self, flow: Flow) -> bool:
         """Delete an entry; False if it is gone already."""
@@ -150,7 +158,11 @@ def _tuple(which: int, side: int, address: IPv4Address) -> bytes:
 
 
 def _tagged(tag: int) -> bytes:
-    return _attribute(_MARK, struct.pack("!I", tag)) + _attribute(_MARK_MASK, struct.pack("!I", TAG_MASK))
+    return _marked(tag, TAG_MASK)
+
+
+def _marked(value: int, mask: int) -> bytes:
+    return _attribute(_MARK, struct.pack("!I", value)) + _attribute(_MARK_MASK, struct.pack("!I", mask))
 
 
 def _filter(which: int, flag: int) -> bytes:
@@ -176,16 +188,16 @@ def _flow(message: memoryview, *, tagged: bool) -> Flow | None:
     original, answer = _read_tuple(attributes[_TUPLE_ORIG]), _read_tuple(attributes[_TUPLE_REPLY])
     if original is None or answer is None:
         return None
-    source, destination, protocol, port = original
+    source, destination, protocol, source_port, port = original
     name = _attribute(_TUPLE_ORIG | _NESTED, bytes(attributes[_TUPLE_ORIG]))
     if _ZONE in attributes:
         name += _attribute(_ZONE, bytes(attributes[_ZONE]))
-    return Flow(source, destination, answer[0], _PROTOCOLS.get(protocol, str(protocol)), port, mark, name)
+    return Flow(source, destination, answer[0], _PROTOCOLS.get(protocol, str(protocol)), source_port, port, mark, name)
 
 
-def _read_tuple(data: memoryview) -> tuple[IPv4Address, IPv4Address, int, int] | None:
+def _read_tuple(data: memoryview) -> tuple[IPv4Address, IPv4Address, int, int, int] | None:
     source = destination = None
-    protocol = port = 0
+    protocol = source_port = port = 0
     for kind, nested in _attributes(data):
         for part, value in _attributes(nested):
             if kind == _TUPLE_IP and part == _V4_SRC:
@@ -194,6 +206,8 @@ def _read_tuple(data: memoryview) -> tuple[IPv4Address, IPv4Address, int, int] |
                 destination = IPv4Address(bytes(value))
             elif kind == _TUPLE_PROTO and part == _PROTO_NUM:
                 protocol = value[0]
+            elif kind == _TUPLE_PROTO and part == _PROTO_SRC_PORT:
+                source_port = struct.unpack("!H", value)[0]
             elif kind == _TUPLE_PROTO and part == _PROTO_DST_PORT:
                 port = struct.unpack("!H", value)[0]
-    return None if source is None or destination is None else (source, destination, protocol, port)
+    return None if source is None or destination is None else (source, destination, protocol, source_port, port)

@@ -1,25 +1,29 @@
 """The kernel's side of the enforcer: makes it hold what a plan says. All of this runs in the one kernel thread.
 
-The order of an apply: sets, then rules (raw, mangle, filter), then flows, twice. A flow is judged after the rules that
-would refuse it are in force, and once more for those that were being accepted meanwhile (kernel.md 2).
+The order of an apply: sets, then rules (raw, mangle, filter), then flows. A flow is judged after the rules that would
+refuse it are in force, and once more a moment later, for those that were being accepted meanwhile (kernel.md 2).
 """
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from bus.failpoints import failpoint
 from bus.log import about
 from services.enforcer.desired import PEER_SET, TAG_SET, Plan, family_of, fence, static_v6
+from services.enforcer.drift import CountingWatch, GenerationWatch, Pictures, Table, Watch
 from services.enforcer.flows import Flows, Swept
-from services.enforcer.generation import nft_generation
 from services.enforcer.iptables import Edit, Family, Iptables, detect, difference, loaded
-from services.enforcer.rules import ChainId, Chains
+from services.enforcer.rules import TABLES, ChainId, Chains
 from services.enforcer.sets import AddressSet
 from services.enforcer.settings import EnforcerSettings, Kind
 
 log = logging.getLogger(__name__)
+
+_V6_TABLES = ("filter",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,6 @@ class Dataplane:
         self._tags = AddressSet(TAG_SET, marks=True)
         self._peers = AddressSet(PEER_SET)
         self._unwanted: set[ChainId] = set()
-        self._generation: int | None = None
 
     def open(self) -> Kind:
         """Find the kind, read the kernel, and put the fence where there is none; returns the kind.
@@ -51,6 +54,7 @@ class Dataplane:
         self._v4 = Iptables(self.kind)
         # A kernel without IPv6 has no such tables either, nor anything to refuse.
         self._v6 = Iptables(self.kind, "ip6") if Path("/proc/thread-self/net/if_inet6").exists() else None
+        self._watch: Watch = GenerationWatch() if self.kind == "nft" else CountingWatch()
         self._flows = Flows()
         self.refresh()
         missing = {
@@ -62,34 +66,43 @@ class Dataplane:
         return self.kind
 
     def refresh(self) -> None:
-        """Look at the kernel anew: at the sets, and at the tables unless their generation is the one noted."""
-        before = nft_generation() if self.kind == "nft" else None
+        """Look at the kernel anew: at the sets, and at the tables unless they are known to be as noted."""
         self._tags.open()
         self._peers.open()
-        if before is not None and before == self._generation:
+        if not self._watch.doubtful(self._pictures()):
             return
+        self._watch.begin(self._tables())
         self._v4.read()
         if self._v6 is not None:
-            self._v6.read(("filter",))
-        # A change while we read leaves the number higher than the one noted: the next look finds it.
-        self._generation = before
+            self._v6.read(_V6_TABLES)
+        self._watch.noted(self._pictures())
 
     def distrust(self) -> None:
         """Believe nothing that was noted of the tables: the next `refresh` reads them all."""
-        self._generation = None
+        self._watch.distrust()
 
     def doubtful(self) -> bool:
-        """Whether somebody else changed rules since we last looked. Cheap; always False on legacy tables."""
-        return self.kind == "nft" and nft_generation() != self._generation
+        """Whether somebody else changed rules or sets since we last looked. Cheap."""
+        return self._watch.doubtful(self._pictures()) or self._tags.doubtful() or self._peers.doubtful()
+
+    def _tables(self) -> list[Table]:
+        return [("ip", table) for table in TABLES] + [("ip6", table) for table in _V6_TABLES if self._v6 is not None]
+
+    def _pictures(self) -> Pictures:
+        return {
+            table: self._v6.picture if self._v6 is not None and table[0] == "ip6" else self._v4.picture
+            for table in self._tables()
+        }
 
     @property
     def rules(self) -> int:
         """How many rules of ours the kernel holds."""
         return self._v4.picture.rules + (self._v6.picture.rules if self._v6 is not None else 0)
 
-    def apply(self, plan: Plan) -> Applied:
+    def apply(self, plan: Plan, namespaces: Mapping[IPv4Address, str]) -> Applied:
         """Make the kernel as planned; what is so already is not touched.
 
+        `namespaces`: where the network namespaces of this cell's containers are, by address.
         Raises IptablesError, IpsetError or OSError; then `refresh` and apply a complete plan.
         """
         began = time.monotonic()
@@ -98,13 +111,21 @@ class Dataplane:
         self._note_unwanted(plan)
         swept = Swept()
         if chains or members or not plan.routine:
-            swept = self._flows.sweep(plan.flows)
+            swept = self._flows.sweep(plan.flows, namespaces)
             if plan.complete:
                 self._flows.forget_strangers(plan.subnets, plan.tags.keys())
+        if plan.complete:
+            self._flows.recount()
         self._flows.forget(plan.released)
         if chains or plan.flows or plan.released:
             failpoint("enforcer.after-cut")
         return Applied(chains, members, swept, time.monotonic() - began)
+
+    def settle(self, namespaces: Mapping[IPv4Address, str]) -> Swept:
+        """What is better done a moment after applies, once for several: the second look at the flows that may be cut,
+        and noting the tables as we left them. Raises OSError."""
+        self._watch.settle(self._tables())
+        return self._flows.sweep_late(namespaces)
 
     def _apply_sets(self, plan: Plan) -> int:
         tags = {address: None if tag is None else int(tag) for address, tag in plan.tags.items()}
@@ -127,18 +148,13 @@ class Dataplane:
             failpoint("enforcer.before-apply")
         if edit:
             self._v4.write(edit)
-            self._wrote(len(edit.lines))
+            self._watch.wrote(len(edit.lines))
         if edit6 and self._v6 is not None:
             self._v6.write(edit6)
-            self._wrote(len(edit6.lines))
+            self._watch.wrote(len(edit6.lines))
         if edit or edit6:
             failpoint("enforcer.after-apply")
         return len(edit.chains) + len(edit6.chains)
-
-    def _wrote(self, transactions: int) -> None:
-        """Each transaction of ours is one generation: if the kernel counts more, somebody else wrote too."""
-        if self._generation is not None:
-            self._generation += transactions
 
     def _note_unwanted(self, plan: Plan) -> None:
         own = self._v4.picture.own
@@ -156,7 +172,7 @@ class Dataplane:
         if not self._unwanted:
             return 0
         unwanted, self._unwanted = self._unwanted, set()
-        self._wrote(self._v4.delete(unwanted))
+        self._watch.wrote(self._v4.delete(unwanted))
         return len(unwanted)
 
     def sweep_other_kind(self) -> None:

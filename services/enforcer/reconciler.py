@@ -10,11 +10,13 @@ kernel that somebody else changed, and each minute whatever else was not noticed
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from ipaddress import IPv4Address
 
 from prometheus_client import Counter, Gauge, Histogram
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -39,6 +41,8 @@ USABLE_TIMEOUT = 12.0
 APPLY_TIMEOUT = 30.0
 """Seconds that a call waits for its change to be in the kernel."""
 CHECK_INTERVAL = 1.0
+SETTLE_AFTER = 0.1
+"""Seconds after an apply until it is looked at once more; several applies share a look."""
 SWEEP_INTERVAL = 60.0
 ATTEMPTS = 5
 MAX_LOOKING = 0.1
@@ -74,6 +78,7 @@ class Reconciler:
         self._look_again = False
         self._next_look = 0.0
         self._next_sweep = 0.0
+        self._settle_at = math.inf
         self._other_kind_swept = False
         self.revision = Revision(0)
         """Of the policies, as the kernel has them."""
@@ -182,12 +187,28 @@ class Reconciler:
         next_check = time.monotonic()
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(next_check - time.monotonic()):
+                async with asyncio.timeout(min(next_check, self._settle_at) - time.monotonic()):
                     await self._wake.wait()
             if time.monotonic() >= next_check:
                 await self._check()
                 next_check = time.monotonic() + CHECK_INTERVAL
-            await self._try_pass()
+            if self._wake.is_set() or self._look_again:
+                await self._try_pass()
+            if time.monotonic() >= self._settle_at:
+                await self._settle()
+
+    async def _settle(self) -> None:
+        try:
+            swept = await self._kernel.run(self._dataplane.settle, self._namespaces())
+            self._settle_at = math.inf
+            if swept != Swept():
+                log.info("late flows", extra=about(flows_cut=swept.cut, flows_revived=swept.revived))
+        except KernelError as error:
+            self._settle_at = time.monotonic() + CHECK_INTERVAL
+            log.warning("could not look at flows once more, trying again", extra=about(error=str(error)))
+
+    def _namespaces(self) -> dict[IPv4Address, str]:
+        return {c.address: c.netns for c in self._model.containers.values() if c.address is not None and c.netns}
 
     async def _check(self) -> None:
         """Now and then: is the kernel still as we left it?"""
@@ -257,7 +278,7 @@ class Reconciler:
         try:
             if touched:
                 planned = plan(self._settings, self._model, touched)
-                applied = await self._kernel.run(self._dataplane.apply, planned)
+                applied = await self._kernel.run(self._dataplane.apply, planned, self._namespaces())
                 self._note(applied, planned.revision, drift=looked and quiet and self.applied_at is not None)
             else:  # what came concerns no container here, so the kernel has it as it is
                 self.revision = self._model.revision
@@ -282,6 +303,8 @@ class Reconciler:
         REVISION.set(revision)
         RULES.set(self._dataplane.rules)
         changed = applied.chains + applied.members
+        if changed or applied.swept != Swept():
+            self._settle_at = min(self._settle_at, time.monotonic() + SETTLE_AFTER)
         if changed:
             APPLY.observe(applied.seconds)
         if drift and changed:

@@ -12,6 +12,8 @@ from ipaddress import IPv4Address
 from pyroute2 import IPSet
 from pyroute2.netlink.exceptions import NetlinkError
 
+from services.enforcer.setlist import listing, members
+
 Members = Mapping[IPv4Address, int]
 """Address -> the mark it stands for; 0 in a set without marks."""
 
@@ -32,6 +34,7 @@ class AddressSet:
         self.name = name
         self.marks = marks
         self._members: dict[IPv4Address, int] = {}
+        self._listing = b""
 
     def open(self) -> None:
         """Make the set if there is none, and read what it holds. Raises IpsetError (another type, say)."""
@@ -40,15 +43,23 @@ class AddressSet:
         self.read()
 
     def read(self) -> None:
-        """Look at the kernel anew."""
-        members = {}
-        for line in _ipset(None, "save", self.name).splitlines():
-            match line.split():
-                case ["add", _, address, "skbmark", mark]:
-                    members[IPv4Address(address)] = int(mark.partition("/")[0], 16)
-                case ["add", _, address, *_]:
-                    members[IPv4Address(address)] = 0
-        self._members = members
+        """Look at the kernel anew. Raises OSError."""
+        self._listing = listing(self.name)
+        self._members = members(self._listing)
+
+    def doubtful(self) -> bool:
+        """Whether the set is other than noted: somebody else changed it, or took it away. Cheap."""
+        try:
+            found = listing(self.name)
+        except OSError:
+            return True
+        if found == self._listing:
+            return False
+        # Our own changes are in the members, not in the listing noted.
+        if members(found) != self._members:
+            return True
+        self._listing = found
+        return False
 
     def become(self, wanted: Members) -> int:
         """Make the set hold these and no others; how many members that changed."""
