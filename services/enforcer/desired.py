@@ -1,25 +1,7 @@
-"""What the kernel shall hold, as pure functions of the settings and the model.
+"""What the kernel shall hold, as pure functions of the settings and the model: what each apply is to make so.
 
-A packet's way, in order:
-
-- raw: from a container's link with a source address that is not routed back to that link: dropped; VXLAN from a
-  container, or from a host that holds no lease: dropped; VXLAN is not tracked.
-- mangle: from a container: marked with its app's tag, by one look-up in a set; and, if it answers a flow that a policy
-  let in, as let in.
-- filter FORWARD, `sb-forward`: revoked flows are cut, established ones pass; to a container: by its address (/28, then
-  host) to the chain of its app, where the tag decides; from a tagged container to the overlay: passes, the cell of the
-  destination decides. All else from or to our links is logged (`logged.py`) and refused.
-- filter INPUT: containers, and the overlay, may only answer the host.
-
-That a flow is established is not enough between cells, since each cell sees only its own half of what happened:
-
-- Two containers that each send first look to both cells like one that is answered. So an answer from another cell must
-  be marked as let in, which is its cell's word, not its container's.
-- The cell of the destination is not told that the source's address has another container. So what the opener of a flow
-  sends must carry the tag that the flow was let in with; otherwise it is judged as a new flow.
-
-Where a container may go beyond the overlay (security groups, DNS) and who may come from there (port forwarding)
-belongs before the last rule of `sb-new`, and in `sb-input`.
+`fixed.py` has the chains that stand whatever the model says, and describes a packet's way through all of them;
+`egress.py` and `forwarding.py` have those of security groups and of forwarded ports. Here are those of policies.
 """
 
 from collections.abc import Mapping
@@ -27,40 +9,20 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network
 
-from bus.messages import AppId, Protocol, Revision, Tag
-from services.enforcer.logged import DENY_IN, DENY_OUT, Why, allowed, deny_chains, refused
-from services.enforcer.model import Model, Touched
-from services.enforcer.rules import (
-    ANSWER,
-    COMPARE_TAG,
-    ESTABLISHED,
-    FLOW_TAGGED,
-    FROM_OPENER,
-    NEW,
-    PROVE,
-    REJECT,
-    RESET,
-    REVOKED,
-    TAG_MASK,
-    TAGGED,
-    UNPROVEN,
-    ChainId,
-    Chains,
-    Rules,
-    from_link,
-    rule,
-    to_link,
-)
+from bus.messages import AppId, Handle, Ports, Protocol, Revision, Tag
+from services.enforcer.egress import SHARED, egress_chains
+from services.enforcer.fixed import PEER_SET as PEER_SET
+from services.enforcer.fixed import TAG_SET as TAG_SET
+from services.enforcer.fixed import TO, dispatching, static
+from services.enforcer.fixed import fence as fence
+from services.enforcer.fixed import static_v6 as static_v6
+from services.enforcer.forwarding import FORWARDS, forwarding_chains, translations
+from services.enforcer.model import INGRESS_ROUTER, Model, Touched
+from services.enforcer.rules import ChainId, Chains, Rule, Rules, rule
 from services.enforcer.settings import EnforcerSettings
-from services.enforcer.tree import ACCEPT_FLOW, Sources, app_chains
+from services.enforcer.tree import Sources, allowing, app_chains
 
-TAG_SET = "sb-tag"
-"""hash:ip with skbinfo: a container's address -> the mark its traffic gets."""
-PEER_SET = "sb-peers"
-"""hash:ip: underlay addresses from which VXLAN is accepted."""
-
-_DISPATCH = ChainId("filter", "sb-to")
-_LOCAL = "-m addrtype --dst-type LOCAL"
+_SHARED = (*SHARED, FORWARDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +45,10 @@ class Plan:
 
     `families` of chains begin with the same name (an app's); of a family nothing is wanted but what it lists. In a
     `complete` plan nothing of ours is wanted but what `chains` and `tags` hold. A tag of None takes the address out of
-    the set; `peers` None leaves that set alone. `subnets` are this cell's: a flow let in to an address there that no
-    container has is a dead container's, and a complete plan deletes it. A `routine` one looks at flows only if rules
-    were not as planned.
+    the set; `peers` None leaves that set alone. `guests` are containers whose links may have to be made known as
+    containers'; none of them can be the one that has the `underlay` address. `subnets` are this cell's: a flow let in
+    to an address there that no container has is a dead container's, and a complete plan deletes it. A `routine` one
+    looks at flows only if rules were not as planned.
     """
 
     revision: Revision
@@ -93,8 +56,10 @@ class Plan:
     routine: bool
     chains: Chains
     families: Mapping[str, frozenset[str]]
-    tags: Mapping[IPv4Address, Tag | None]
+    tags: Mapping[IPv4Address, int | None]
     peers: frozenset[IPv4Address] | None
+    guests: Mapping[Handle, IPv4Address]
+    underlay: IPv4Address | None
     flows: tuple[FlowCheck, ...]
     subnets: frozenset[IPv4Network]
     released: frozenset[IPv4Address]
@@ -106,6 +71,8 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
     apps = model.apps() if everything else touched.apps
     groups = set(model.groups()) if everything else touched.groups
     addresses = model.addresses() if everything else touched.addresses
+    owned = model.addresses()
+    underlay = model.underlay_of(settings.cell)
     chains: dict[ChainId, Rules] = dict(static(settings, peers_known=True)) if everything else {}
     families: dict[str, frozenset[str]] = {}
     sources = {app: model.sources(app) for app in apps}
@@ -115,18 +82,31 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
         chains |= tree
         families[app_chain(app)] = frozenset(chain.name for chain in tree)
     for group in groups:
-        chains |= group_chain(group, model) if group in model.groups() else {}
+        chains |= group_chain(settings, group, model) if group in model.groups() else {}
         families[_group_name(group)] = frozenset({_group_name(group)} if group in model.groups() else ())
     if groups or everything:
-        chains |= dispatch(set(model.groups()))
+        chains[TO] = dispatch(set(model.groups()))
+    # These are many containers' at once: what is wanted of them is named in full whenever one may differ.
+    shared: dict[ChainId, Rules] = {}
+    if everything or touched.egress:
+        shared |= egress_chains(settings, {address: model.reach_at(address) for address in owned})
+    if everything or touched.forwards:
+        shared |= forwarding_chains(translations(model.owners(), settings.instance_address or underlay))
+    chains |= shared
+    for family, concerned in ((SHARED, touched.egress), ((FORWARDS,), touched.forwards)):
+        for name in family if concerned or everything else ():
+            families[name] = frozenset(chain.name for chain in shared if family_of(chain.name) == name)
     # An address with another container: all its flows. An app whose policies changed: those with the tags concerned.
     # An address that had none before has no flows: they were deleted with its last container.
-    anew = model.addresses() if everything else touched.replaced & model.addresses()
-    flows = [FlowCheck(address, _sources_of(model, model.app_at(address)), None) for address in anew]
+    anew = owned if everything else touched.recheck & owned
+    flows = [
+        FlowCheck(address, _sources_at(settings, model, address, _sources_of(model, model.app_at(address))), None)
+        for address in anew
+    ]
     for app, changed in touched.apps.items():
         lost = frozenset(tag for tag, less in changed.items() if less)
         flows += [
-            FlowCheck(address, sources[app], lost, frozenset(changed) - lost)
+            FlowCheck(address, _sources_at(settings, model, address, sources[app]), lost, frozenset(changed) - lost)
             for address in (model.addresses_of(app) - anew if changed and app in sources else ())
         ]
     return Plan(
@@ -135,8 +115,10 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
         routine=touched.routine,
         chains=chains,
         families=families,
-        tags={address: model.tag_at(address) for address in addresses},
+        tags={address: model.tag_at(address) or 0 if address in owned else None for address in addresses},
         peers=model.peers() if everything or touched.peers else None,
+        guests=model.guests_at(addresses, settings.link_prefix),
+        underlay=underlay,
         flows=tuple(flows),
         subnets=model.subnets_of(settings.cell),
         released=frozenset(touched.released),
@@ -147,13 +129,33 @@ def _sources_of(model: Model, app: AppId | None) -> Sources:
     return {} if app is None else model.sources(app)
 
 
+def _sources_at(settings: EnforcerSettings, model: Model, address: IPv4Address, sources: Sources) -> Sources:
+    """Who may open connections to a container: the sources of its app, and the ingress router if it may."""
+    routed = _routed(settings, model, address)
+    if not routed:
+        return sources
+    return {**sources, **{tag: (*sources.get(tag, ()), *ports) for tag, ports in routed.items()}}
+
+
+def _routed(settings: EnforcerSettings, model: Model, address: IPv4Address) -> Sources:
+    """What the ingress router may reach of a container over the overlay: the ports that its app listens on."""
+    tag = model.tags.get(INGRESS_ROUTER)
+    if not settings.enable_overlay_ingress_rules or tag is None:
+        return {}
+    ports = tuple(Ports(Protocol.TCP, port, port) for port in model.ports_at(address))
+    return {tag: ports} if ports else {}
+
+
 def app_chain(app: AppId) -> str:
     """The chain of an app. A hash: app ids are longer than a chain's name may be (28), and may hold anything."""
     return f"sb-a-{blake2b(app.encode(), digest_size=8).hexdigest()}"
 
 
 def family_of(chain: str) -> str:
-    """The first chain of the family that this one belongs to: `sb-a-HASH` of `sb-a-HASH-3f`."""
+    """The family that this chain belongs to: the first of it, `sb-a-HASH` of `sb-a-HASH-3f`, or what they all share."""
+    for family in _SHARED:
+        if chain.startswith(f"{family}-"):
+            return family
     return "-".join(chain.split("-", 3)[:3])
 
 
@@ -161,122 +163,25 @@ def _group_name(group: IPv4Network) -> str:
     return f"sb-g-{int(group.network_address):08x}"
 
 
-def group_chain(group: IPv4Network, model: Model) -> Chains:
+def group_chain(settings: EnforcerSettings, group: IPv4Network, model: Model) -> Chains:
     """Within a /28: each container's address to the chain of its app. One without an app is left to be refused."""
-    owned = ((address, model.app_at(address)) for address in sorted(model.groups()[group]))
-    return {
-        ChainId("filter", _group_name(group)): tuple(
-            rule(f"-d {address}/32", to=app_chain(app)) for address, app in owned if app is not None
-        )
-    }
+    rules: list[Rule] = []
+    for address in sorted(model.groups()[group]):
+        for tag, ports in _routed(settings, model, address).items():
+            rules += [_at(address, allowing(tag, each)) for each in ports]
+        app = model.app_at(address)
+        if app is not None:
+            rules.append(rule(f"-d {address}/32", to=app_chain(app)))
+    return {ChainId("filter", _group_name(group)): tuple(rules)}
 
 
-def dispatch(groups: set[IPv4Network]) -> Chains:
+def _at(address: IPv4Address, allowed: Rule) -> Rule:
+    return rule(f"-d {address}/32", allowed.match, to=allowed.target)
+
+
+def dispatch(groups: set[IPv4Network]) -> Rules:
     """From the destination's address to the chain of its /28."""
-    return {_DISPATCH: tuple(rule(f"-d {group}", to=_group_name(group)) for group in sorted(groups))}
-
-
-def fence(settings: EnforcerSettings) -> Chains:
-    """What stands before anything is known of containers and peers: nothing new passes, what is established does."""
-    return {**static(settings, peers_known=False), **dispatch(set())}
-
-
-def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
-    """The IPv4 chains that do not depend on containers or policies."""
-    link = f"{settings.link_prefix}+"
-    vtep = settings.vtep_name
-    vxlan = f"-p udp -m udp --dport {settings.vtep_port}"
-    to_overlay = (from_link(link), to_link(vtep), f"-d {settings.overlay_network}")
-    overlay = f"-s {settings.overlay_network}"
-    untracked = rule(to="CT --notrack")
-    stranger = rule(f"-m set ! --match-set {PEER_SET} src", to="DROP")
-    chains = {
-        ("raw", "PREROUTING"): (
-            rule(from_link(link), to="sb-raw-link"),
-            # Only what is for this host: somebody else's VXLAN may be forwarded here.
-            rule(vxlan, _LOCAL, to="sb-raw-vxlan"),
-        ),
-        ("raw", "sb-raw-link"): (
-            rule("-m rpfilter --invert", to="DROP"),
-            rule(vxlan, to="DROP"),
-        ),
-        ("raw", "sb-raw-vxlan"): (stranger, untracked) if peers_known else (untracked,),
-        ("raw", "OUTPUT"): (rule(vxlan, to="sb-raw-out"),),
-        ("raw", "sb-raw-out"): (untracked,),
-        ("mangle", "PREROUTING"): (rule(from_link(link), to="sb-mark"),),
-        ("mangle", "sb-mark"): (
-            rule(to=f"SET --map-set {TAG_SET} src --map-mark"),
-            rule("-m conntrack --ctdir REPLY", FLOW_TAGGED, to=PROVE),
-        ),
-        ("mangle", "OUTPUT"): (rule(to_link(vtep), to="sb-mark-out"),),
-        # What this host itself says to other cells' containers: the resets of flows that it cuts.
-        ("mangle", "sb-mark-out"): (rule(to=PROVE),),
-        ("filter", "FORWARD"): (
-            rule(from_link(link), to="sb-forward"),
-            rule(to_link(link), to="sb-forward"),
-            rule(from_link(vtep), to="sb-forward"),
-            rule(to_link(vtep), to="sb-forward"),
-        ),
-        ("filter", "sb-forward"): (
-            rule(REVOKED, to="sb-cut"),
-            # From another cell, or from somebody on the underlay who pretends to be there.
-            *(
-                ()
-                if settings.unmarked_answers
-                else (rule(f"! {from_link(link)}", overlay, ANSWER, UNPROVEN, to="DROP"),)
-            ),
-            rule(FROM_OPENER, FLOW_TAGGED, to="sb-opener"),
-            rule(ESTABLISHED, to="ACCEPT"),
-            # A flow begins with SYN; what does not is the rest of one that was cut, and would be taken for a new one.
-            rule("-p tcp -m tcp ! --syn -m conntrack --ctstate INVALID,NEW", to="DROP"),
-            rule(to="sb-new"),
-        ),
-        ("filter", "sb-opener"): (
-            rule(to=COMPARE_TAG),
-            rule(f"-m mark --mark 0x0/{TAG_MASK:#x}", to="ACCEPT"),
-            rule(to=COMPARE_TAG),
-            rule(to="sb-new"),
-        ),
-        ("filter", "sb-new"): (
-            # The mark is a tag only on what came from a container or the overlay.
-            rule(from_link(link), to_link(link), to=_DISPATCH.name),
-            rule(from_link(vtep), to_link(link), to=_DISPATCH.name),
-            # No policy is of another protocol; and errors that belong to no flow are not for the next cell to sort.
-            *(rule(f"-p {protocol}", *to_overlay, NEW, TAGGED, to="ACCEPT") for protocol in Protocol),
-            rule(to_link(link), to=DENY_IN),
-            rule(to=DENY_OUT),
-        ),
-        ("filter", "sb-cut"): (
-            refused(settings, Why.REVOKED, by="srcip"),
-            rule("-p tcp", to=RESET),
-            rule(to=REJECT),
-        ),
-        ("filter", ACCEPT_FLOW): (
-            *(allowed(settings, Why.POLICY) if settings.log_accepted else ()),
-            rule(to=f"CONNMARK --save-mark --nfmask {TAG_MASK:#x} --ctmask {TAG_MASK:#x}"),
-            rule(to="ACCEPT"),
-        ),
-        ("filter", "INPUT"): (
-            rule(from_link(link), to="sb-input"),
-            rule(from_link(vtep), to="sb-input-vtep"),
-        ),
-        ("filter", "sb-input"): (rule(ESTABLISHED, to="ACCEPT"), rule(to=DENY_OUT)),
-        ("filter", "sb-input-vtep"): (rule(ESTABLISHED, to="ACCEPT"), rule(to="DROP")),
-    }
-    return {ChainId(*key): rules for key, rules in chains.items()} | dict(deny_chains(settings))
-
-
-def static_v6(settings: EnforcerSettings) -> Chains:
-    """IPv6: containers have none. Nothing from or to their links or the overlay."""
-    link = f"{settings.link_prefix}+"
-    refused = [rule(from_link(name), to="sb-v6") for name in (link, settings.vtep_name)]
-    unsent = [rule(to_link(name), to="sb-v6") for name in (link, settings.vtep_name)]
-    return {
-        ChainId("filter", "INPUT"): tuple(refused),
-        ChainId("filter", "FORWARD"): (*refused, *unsent),
-        ChainId("filter", "OUTPUT"): tuple(unsent),
-        ChainId("filter", "sb-v6"): (rule(to="DROP"),),
-    }
+    return dispatching(tuple(rule(f"-d {group}", to=_group_name(group)) for group in sorted(groups)))
 
 
 def allows(sources: Sources, tag: int, protocol: str, port: int) -> bool:

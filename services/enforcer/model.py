@@ -5,20 +5,17 @@ what may look different now, and asks for the content of just that. Nothing here
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 
-from bus.messages import AppId, Container, Handle, Lease, Ports, Revision, Tag
+from bus.messages import AppId, Container, Handle, Lease, Ports, Revision, SecurityGroup, Tag
 from bus.tables import Update
-from services.enforcer.tree import Sources
+from services.enforcer.groups import Groups, Reach
+from services.enforcer.tree import Sources, group_of
 
-GROUP = 28
-"""Containers are dispatched by address in two steps: to the /28, then within it."""
-
-
-def group_of(address: IPv4Address) -> IPv4Network:
-    return IPv4Network((address, GROUP), strict=False)
+INGRESS_ROUTER = AppId("INGRESS_ROUTER")
+"""The policy group of a router on the overlay, which has a tag but no containers (contract/cell.md 6.2)."""
 
 
 @dataclass(slots=True)
@@ -33,14 +30,20 @@ class Touched:
     groups: set[IPv4Network] = field(default_factory=set)
     addresses: set[IPv4Address] = field(default_factory=set)
     """Addresses whose own tag, or whose container, changes."""
-    replaced: set[IPv4Address] = field(default_factory=set)
-    """Addresses that passed from one container to another, whose flows are the former's."""
+    recheck: set[IPv4Address] = field(default_factory=set)
+    """Addresses all of whose flows may not be allowed: they passed to another container, or who may reach it changed
+    other than by policies."""
     peers: bool = False
+    egress: bool = False
+    """What containers may reach off the overlay."""
+    forwards: bool = False
+    """Which ports are forwarded to whom."""
     released: set[IPv4Address] = field(default_factory=set)
     """Addresses that no container has any more."""
 
     def __bool__(self) -> bool:
-        return self.everything or self.peers or bool(self.apps or self.groups or self.addresses or self.released)
+        changed = self.apps or self.groups or self.addresses or self.recheck or self.released
+        return self.everything or self.peers or self.egress or self.forwards or bool(changed)
 
 
 class Model:
@@ -48,6 +51,7 @@ class Model:
         self.revision = Revision(0)
         self.touched = Touched()
         self.containers: dict[Handle, Container] = {}
+        self.security_groups = Groups()
         self._policies: dict[AppId, dict[AppId, tuple[Ports, ...]]] = defaultdict(dict)
         self._destinations: dict[AppId, set[AppId]] = defaultdict(set)
         self._tags: dict[AppId, Tag] = {}
@@ -76,7 +80,18 @@ class Model:
                 self._leases.pop(key, None)
             else:
                 self._leases[key] = lease
-        self.touched.peers = True
+        self.touched.peers = self.touched.forwards = True
+
+    def update_security_groups(self, update: Update[SecurityGroup]) -> None:
+        """Take one revision of the `security_groups` table."""
+        self.security_groups.update(update)
+        self.touched.egress = True
+
+    def use_security_groups(self, used: bool) -> None:
+        """Whether what the table says counts."""
+        if self.security_groups.used != used:
+            self.security_groups.used = used
+            self.touched.egress = True
 
     def admit(self, container: Container) -> None:
         """A container is here, or is another than it was. It must have an address."""
@@ -84,12 +99,12 @@ class Model:
         known = self.containers.get(container.handle)
         if known is not None:
             if (known.app, known.address) == (container.app, container.address):
-                self.containers[container.handle] = container
+                self._change(known, container)
                 return
             self.forget(container.handle)
         self.containers[container.handle] = container
         if container.address in self._owners or container.address in self.touched.released:
-            self.touched.replaced.add(container.address)
+            self.touched.recheck.add(container.address)
         self._owners.setdefault(container.address, []).append(container.handle)
         self._groups[group_of(container.address)].add(container.address)
         self.touched.released.discard(container.address)
@@ -97,6 +112,18 @@ class Model:
             self._instances[container.app].add(container.handle)
             self._touch_app(container.app, {})
         self._touch_address(container.address)
+        self._touch_reach()
+
+    def _change(self, known: Container, container: Container) -> None:
+        """The same app's container at the same address, with other ports or another reach."""
+        assert container.address is not None  # noqa: S101 (as in admit)
+        self.containers[container.handle] = container
+        if known == container:
+            return
+        self._touch_address(container.address)
+        self._touch_reach()
+        if known.ports != container.ports:
+            self.touched.recheck.add(container.address)
 
     def forget(self, handle: Handle) -> None:
         """A container is gone; one that is not known is no error."""
@@ -112,13 +139,14 @@ class Model:
                 del self._groups[group_of(address)]
             self.touched.released.add(address)
         else:
-            self.touched.replaced.add(address)
+            self.touched.recheck.add(address)
         if container.app is not None:
             self._touch_app(container.app, {})
             self._instances[container.app].discard(handle)
             if not self._instances[container.app]:
                 del self._instances[container.app]
         self._touch_address(address)
+        self._touch_reach()
 
     def take_touched(self) -> Touched:
         touched, self.touched = self.touched, Touched()
@@ -151,6 +179,9 @@ class Model:
             address = self.containers[handle].address
             if address is not None:
                 self._touch_address(address)
+        if app == INGRESS_ROUTER:
+            self.touched.groups |= self._groups.keys()
+            self.touched.recheck |= self._owners.keys()
 
     def _touch_app(self, app: AppId, tags: Mapping[Tag, bool]) -> None:
         if app in self._instances:
@@ -161,6 +192,9 @@ class Model:
     def _touch_address(self, address: IPv4Address) -> None:
         self.touched.addresses.add(address)
         self.touched.groups.add(group_of(address))
+
+    def _touch_reach(self) -> None:
+        self.touched.egress = self.touched.forwards = True
 
     # Asking
 
@@ -178,13 +212,58 @@ class Model:
         return {address for address in owned if address is not None and self.app_at(address) == app}
 
     def app_at(self, address: IPv4Address) -> AppId | None:
+        container = self.container_at(address)
+        return None if container is None else container.app
+
+    def container_at(self, address: IPv4Address) -> Container | None:
+        """The container that has this address."""
         owners = self._owners.get(address)
-        return self.containers[owners[-1]].app if owners else None
+        return self.containers[owners[-1]] if owners else None
+
+    def owners(self) -> list[Container]:
+        """The containers that have an address: not those that another took it from. The latest last."""
+        return [each for each in self.containers.values() if each.address and self.container_at(each.address) is each]
+
+    @property
+    def tags(self) -> Mapping[AppId, Tag]:
+        """The tag of each app that has one."""
+        return self._tags
+
+    def ports(self, source: AppId, destination: AppId) -> tuple[Ports, ...]:
+        """What the policies from one app to another allow."""
+        return self._policies.get(destination, {}).get(source, ())
+
+    def lease_of(self, address: IPv4Address) -> Lease | None:
+        """The lease in whose subnet this address of the overlay is."""
+        return next((lease for lease in self._leases.values() if address in lease.subnet), None)
+
+    def underlay_of(self, cell: str) -> IPv4Address | None:
+        """The underlay address of a cell that holds a lease."""
+        return next((lease.underlay for lease in self._leases.values() if lease.cell == cell), None)
 
     def tag_at(self, address: IPv4Address) -> Tag | None:
         """The tag that traffic from this address carries."""
         app = self.app_at(address)
         return None if app is None else self._tags.get(app)
+
+    def ports_at(self, address: IPv4Address) -> tuple[int, ...]:
+        """The ports that the app of the container there listens on."""
+        container = self.container_at(address)
+        return () if container is None else tuple(sorted(set(container.ports)))
+
+    def reach_at(self, address: IPv4Address) -> Reach:
+        """Where the container that has this address may go off the overlay."""
+        container = self.container_at(address)
+        return Reach() if container is None else self.security_groups.reach(container)
+
+    def guests_at(self, addresses: Iterable[IPv4Address], link_prefix: str) -> dict[Handle, IPv4Address]:
+        """The containers at these addresses whose links do not begin so: another CNI plugin made them, or may have."""
+        found = ((address, self.container_at(address)) for address in addresses)
+        return {
+            container.handle: address
+            for address, container in found
+            if container is not None and not (container.interface or "").startswith(link_prefix)
+        }
 
     def addresses(self) -> set[IPv4Address]:
         return set(self._owners)

@@ -20,7 +20,9 @@ LET_IN = 0x80000
 that VXLAN-GBP carries as "policy applied" (draft-smith-vxlan-group-policy, flag A)."""
 DEAD = 0x80000000
 """The bit of a connection's mark that says: no policy allows this flow any more."""
-TABLES = ("raw", "mangle", "filter")
+GUESTS = 0x7362
+"""The device group (ip-link(8)) of containers' links that another CNI plugin made, whatever their names are."""
+TABLES = ("raw", "mangle", "nat", "filter")
 """In the order in which a packet meets them."""
 
 
@@ -65,6 +67,11 @@ def to_link(name: str) -> str:
     return f"-o {name}"
 
 
+FROM_GUEST = f"-m devgroup --src-group {GUESTS:#x}"
+TO_GUEST = f"-m devgroup --dst-group {GUESTS:#x}"
+NOT_FROM_GUEST = f"-m devgroup ! --src-group {GUESTS:#x}"
+
+
 def tagged(tag: Tag | int, mask: int = TAG_MASK) -> str:
     """Packets whose mark has these bits under the mask."""
     return f"-m mark --mark {tag:#x}/{mask:#x}"
@@ -88,5 +95,6 @@ PROVE = f"MARK --set-xmark {LET_IN:#x}/{LET_IN:#x}"
 COMPARE_TAG = f"CONNMARK --restore-mark --nfmask 0x0 --ctmask {TAG_MASK:#x}"
 """With no bits of the packet's mark cleared first this is an exclusive or: it leaves a tag of 0 if the packet's and the
 flow's are the same, and done again it gives the packet's own tag back (xt_connmark)."""
+TRANSLATED = "-m conntrack --ctstate DNAT"
 REJECT = "REJECT --reject-with icmp-port-unreachable"
 RESET = "REJECT --reject-with tcp-reset"

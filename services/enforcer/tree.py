@@ -1,4 +1,4 @@
-"""How a long chain is split, so that what a new flow costs does not grow with the number of policies.
+"""How long chains are split, so that what a new flow costs does not grow with the number of policies.
 
 A chain is walked rule by rule. The chain of an app with many sources is therefore split by the source's tag, four bits
 a level, lowest first (tags are given in sequence, so these spread best): no level up to 64 sources, one (16 branches)
@@ -8,6 +8,7 @@ to 1 024, two (256) beyond. Splitting sooner would triple the table, and with it
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network
 
 from bus.messages import Ports, Tag
 from services.enforcer.rules import ChainId, Rule, Rules, rule, tagged, to_ports
@@ -15,8 +16,16 @@ from services.enforcer.rules import ChainId, Rule, Rules, rule, tagged, to_ports
 ACCEPT_FLOW = "sb-accept"
 """The chain that remembers the source's tag in the connection's mark and accepts."""
 
+GROUP = 28
+"""Containers are told apart by address in two steps: the /28, then within it."""
+
 Sources = Mapping[Tag, tuple[Ports, ...]]
 """Who may open connections: the source's tag -> where to."""
+
+
+def group_of(address: IPv4Address) -> IPv4Network:
+    """The /28 of a container."""
+    return IPv4Network((address, GROUP), strict=False)
 
 
 def levels(sources: int) -> int:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus.messages import Ports, Protocol, Tag
-from services.enforcer.desired import dispatch, family_of, fence, static, static_v6
+from services.enforcer.desired import dispatch, family_of
+from services.enforcer.fixed import fence, static, static_v6
 from services.enforcer.iptables import Picture, difference, parse
 from services.enforcer.rules import ChainId, Chains, rule
 from services.enforcer.settings import EnforcerSettings
@@ -29,6 +30,7 @@ def text(chains: Chains) -> str:
 def test_the_fixed_chains_are_these() -> None:
     assert text(static(SETTINGS, peers_known=True)) == (
         "raw PREROUTING -i s-+ -j sb-raw-link\n"
+        "raw PREROUTING -m devgroup --src-group 0x7362 -j sb-raw-link\n"
         "raw PREROUTING -p udp -m udp --dport 4789 -m addrtype --dst-type LOCAL -j sb-raw-vxlan\n"
         "raw sb-raw-link -m rpfilter --invert -j DROP\n"
         "raw sb-raw-link -p udp -m udp --dport 4789 -j DROP\n"
@@ -37,35 +39,50 @@ def test_the_fixed_chains_are_these() -> None:
         "raw OUTPUT -p udp -m udp --dport 4789 -j sb-raw-out\n"
         "raw sb-raw-out -j CT --notrack\n"
         "mangle PREROUTING -i s-+ -j sb-mark\n"
+        "mangle PREROUTING -m devgroup --src-group 0x7362 -j sb-mark\n"
         "mangle sb-mark -j SET --map-set sb-tag src --map-mark\n"
-        "mangle sb-mark -m conntrack --ctdir REPLY -m connmark ! --mark 0x0/0xffff"
-        " -j MARK --set-xmark 0x80000/0x80000\n"
+        "mangle sb-mark -m conntrack --ctdir REPLY -m connmark ! --mark 0x0/0xffff -j MARK"
+        " --set-xmark 0x80000/0x80000\n"
         "mangle OUTPUT -o silk-vtep -j sb-mark-out\n"
         "mangle sb-mark-out -j MARK --set-xmark 0x80000/0x80000\n"
         "filter FORWARD -i s-+ -j sb-forward\n"
+        "filter FORWARD -m devgroup --src-group 0x7362 -j sb-forward\n"
         "filter FORWARD -o s-+ -j sb-forward\n"
+        "filter FORWARD -m devgroup --dst-group 0x7362 -j sb-forward\n"
         "filter FORWARD -i silk-vtep -j sb-forward\n"
         "filter FORWARD -o silk-vtep -j sb-forward\n"
         "filter sb-forward -m connmark --mark 0x80000000/0x80000000 -j sb-cut\n"
-        "filter sb-forward ! -i s-+ -s 10.255.0.0/16 -m conntrack --ctstate ESTABLISHED --ctdir REPLY"
-        " -m mark ! --mark 0x80000/0x80000 -j DROP\n"
+        "filter sb-forward ! -i s-+ -m devgroup ! --src-group 0x7362 -s 10.255.0.0/16 -m conntrack"
+        " --ctstate ESTABLISHED --ctdir REPLY -m mark ! --mark 0x80000/0x80000 -j DROP\n"
         "filter sb-forward -m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL -m connmark ! --mark 0x0/0xffff"
         " -j sb-opener\n"
         "filter sb-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
-        "filter sb-forward -p tcp -m tcp ! --syn -m conntrack --ctstate INVALID,NEW -j DROP\n"
+        "filter sb-forward -p tcp -m conntrack --ctstate INVALID -j DROP\n"
         "filter sb-forward -j sb-new\n"
         "filter sb-opener -j CONNMARK --restore-mark --nfmask 0x0 --ctmask 0xffff\n"
         "filter sb-opener -m mark --mark 0x0/0xffff -j ACCEPT\n"
         "filter sb-opener -j CONNMARK --restore-mark --nfmask 0x0 --ctmask 0xffff\n"
         "filter sb-opener -j sb-new\n"
-        "filter sb-new -i s-+ -o s-+ -j sb-to\n"
-        "filter sb-new -i silk-vtep -o s-+ -j sb-to\n"
-        "filter sb-new -p tcp -i s-+ -o silk-vtep -d 10.255.0.0/16 -m conntrack --ctstate NEW"
-        " -m mark ! --mark 0x0/0xffff -j ACCEPT\n"
-        "filter sb-new -p udp -i s-+ -o silk-vtep -d 10.255.0.0/16 -m conntrack --ctstate NEW"
-        " -m mark ! --mark 0x0/0xffff -j ACCEPT\n"
-        "filter sb-new -o s-+ -j sb-deny-in\n"
+        "filter sb-new -o s-+ -j sb-in\n"
+        "filter sb-new -m devgroup --dst-group 0x7362 -j sb-in\n"
+        "filter sb-new -i s-+ -j sb-out\n"
+        "filter sb-new -m devgroup --src-group 0x7362 -j sb-out\n"
         "filter sb-new -j sb-deny-out\n"
+        "filter sb-in -i s-+ -j sb-to\n"
+        "filter sb-in -m devgroup --src-group 0x7362 -j sb-to\n"
+        "filter sb-in -i silk-vtep -j sb-to\n"
+        "filter sb-in -m conntrack --ctstate DNAT -j ACCEPT\n"
+        "filter sb-in -j sb-deny-in\n"
+        "filter sb-out -o silk-vtep -p tcp -m tcp ! --syn -m conntrack --ctstate NEW -j DROP\n"
+        "filter sb-out -p tcp -o silk-vtep -d 10.255.0.0/16 -m conntrack --ctstate NEW -m mark ! --mark 0x0/0xffff"
+        " -j ACCEPT\n"
+        "filter sb-out -p udp -o silk-vtep -d 10.255.0.0/16 -m conntrack --ctstate NEW -m mark ! --mark 0x0/0xffff"
+        " -j ACCEPT\n"
+        "filter sb-out -o silk-vtep -j sb-deny-out\n"
+        "filter sb-out -d 10.255.0.0/16 -j sb-deny-out\n"
+        "filter sb-out -j sb-deny-always\n"
+        "filter sb-out -j sb-from\n"
+        "filter sb-out -j sb-deny-out\n"
         "filter sb-cut -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1 --hashlimit-mode srcip"
         " --hashlimit-name sb-revoked-srcip -j NFLOG --nflog-prefix sb:denied:revoked --nflog-group 7362\n"
         "filter sb-cut -p tcp -j REJECT --reject-with tcp-reset\n"
@@ -73,6 +90,7 @@ def test_the_fixed_chains_are_these() -> None:
         "filter sb-accept -j CONNMARK --save-mark --nfmask 0xffff --ctmask 0xffff\n"
         "filter sb-accept -j ACCEPT\n"
         "filter INPUT -i s-+ -j sb-input\n"
+        "filter INPUT -m devgroup --src-group 0x7362 -j sb-input\n"
         "filter INPUT -i silk-vtep -j sb-input-vtep\n"
         "filter sb-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
         "filter sb-input -j sb-deny-out\n"
@@ -83,18 +101,33 @@ def test_the_fixed_chains_are_these() -> None:
         "filter sb-deny-in -j REJECT --reject-with icmp-port-unreachable\n"
         "filter sb-deny-out -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1 --hashlimit-mode srcip"
         " --hashlimit-name sb-nothing-srcip -j NFLOG --nflog-prefix sb:denied:nothing --nflog-group 7362\n"
-        "filter sb-deny-out -j REJECT --reject-with icmp-port-unreachable"
+        "filter sb-deny-out -j REJECT --reject-with icmp-port-unreachable\n"
+        "nat PREROUTING -j sb-nat\n"
+        "nat POSTROUTING -m set --match-set sb-tag src -j sb-masquerade\n"
+        "nat sb-masquerade -o silk-vtep -j RETURN\n"
+        "nat sb-masquerade -o s-+ -j RETURN\n"
+        "nat sb-masquerade -m devgroup --dst-group 0x7362 -j RETURN\n"
+        "nat sb-masquerade -d 10.255.0.0/16 -j RETURN\n"
+        "nat sb-masquerade -j MASQUERADE\n"
+        "filter sb-deny-always -d 169.254.169.254/32 -j sb-deny-out\n"
+        "filter sb-let-out ! -p udp -j NFLOG --nflog-prefix sb:allowed:group --nflog-group 7362\n"
+        "filter sb-let-out -p udp -m hashlimit --hashlimit-upto 100/sec --hashlimit-burst 100 --hashlimit-mode srcip"
+        " --hashlimit-name sb-ok-group -j NFLOG --nflog-prefix sb:allowed:group --nflog-group 7362\n"
+        "filter sb-let-out -j ACCEPT\n"
+        "filter sb-deny-rate -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1 --hashlimit-mode srcip"
+        " --hashlimit-name sb-rate-srcip -j NFLOG --nflog-prefix sb:denied:rate --nflog-group 7362\n"
+        "filter sb-deny-rate -j REJECT --reject-with icmp-port-unreachable"
     )
     assert "sb-peers" not in text(fence(SETTINGS))
     assert text(static_v6(SETTINGS)).endswith("filter sb-v6 -j DROP")
-    assert dispatch(set()) == {ChainId("filter", "sb-to"): ()}
+    assert [made.target for made in dispatch(set())] == ["DROP", "sb-deny-in"]
 
 
 def test_beside_the_original_unmarked_answers_pass_and_nothing_else_differs() -> None:
     ours = text(static(SETTINGS, peers_known=True)).splitlines()
     mixed = text(static(replace(SETTINGS, unmarked_answers=True), peers_known=True)).splitlines()
     (left_out,) = [line for line in ours if line not in mixed]
-    assert left_out.startswith("filter sb-forward ! -i s-+ -s 10.255.0.0/16")
+    assert left_out.startswith("filter sb-forward ! -i s-+ -m devgroup ! --src-group 0x7362 -s 10.255.0.0/16")
     assert [line for line in ours if line != left_out] == mixed
 
 

@@ -1,0 +1,114 @@
+"""What containers may reach off the overlay: the table of security groups, and what containers bring themselves.
+
+Rules are kept in lists that are named by a digest of their content: equal lists, of whichever groups and containers,
+are one, so what the kernel holds grows with distinct lists only.
+
+Which lists are a container's (contract/cell.md 6.4):
+
+- What its runtime opened for it since it was made, always.
+- Staging containers: the groups that are the default for staging, and those bound to their space for staging. Apps
+  and tasks: likewise for running. Other workloads: none.
+- What its runtime gave it when it was made, instead of groups: where groups are not followed, or not known; and for a
+  container without a space, since the Cloud Controller does not know it, and nobody else speaks for it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from bus.messages import Container, SecurityGroup, Workload
+from bus.security_groups import EgressRule, GroupId, SpaceId
+from bus.tables import Update
+from bus.wire import pack
+
+
+@dataclass(frozen=True, slots=True)
+class RuleList:
+    """Rules that go together, known by the digest of their content."""
+
+    digest: str
+    rules: tuple[EgressRule, ...] = field(compare=False)
+
+    @classmethod
+    def of(cls, rules: Iterable[EgressRule]) -> "RuleList":
+        """Those that log first: a flow is logged if any rule that allows it says so."""
+        ordered = tuple(sorted(rules, key=lambda rule: not rule.log))
+        return cls(blake2b(pack([rule.encode() for rule in ordered]), digest_size=8).hexdigest(), ordered)
+
+    @property
+    def logs(self) -> bool:
+        return any(rule.log for rule in self.rules)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where a container may go: the lists that allow it, and the kind of workload whose deny networks it has."""
+
+    denied: Workload | None = None
+    """RUNNING stands for apps and tasks as APP; None for other workloads."""
+    lists: tuple[RuleList, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.lists)
+
+
+class Groups:
+    """The table of security groups, indexed by who has them."""
+
+    def __init__(self) -> None:
+        self.used = False
+        """Whether the table's content counts: it is known, and groups are followed."""
+        self._lists: dict[GroupId, RuleList] = {}
+        self._groups: dict[GroupId, SecurityGroup] = {}
+        self._defaults: dict[bool, set[GroupId]] = {True: set(), False: set()}
+        self._bound: dict[bool, defaultdict[SpaceId, set[GroupId]]] = {
+            True: defaultdict(set),
+            False: defaultdict(set),
+        }
+        # By staging or not, both.
+
+    def update(self, update: Update[SecurityGroup]) -> None:
+        """Take one revision of the table."""
+        for (guid,), group in update.changes.items():
+            self._forget(GroupId(guid))
+            if group is None:
+                continue
+            self._groups[group.guid] = group
+            self._lists[group.guid] = RuleList.of(group.rules)
+            for staging in (True, False):
+                if group.staging_default if staging else group.running_default:
+                    self._defaults[staging].add(group.guid)
+                for space in group.staging_spaces if staging else group.running_spaces:
+                    self._bound[staging][space].add(group.guid)
+
+    def _forget(self, guid: GroupId) -> None:
+        group = self._groups.pop(guid, None)
+        self._lists.pop(guid, None)
+        if group is None:
+            return
+        for staging in (True, False):
+            self._defaults[staging].discard(guid)
+            for space in group.staging_spaces if staging else group.running_spaces:
+                self._bound[staging][space].discard(guid)
+                if not self._bound[staging][space]:
+                    del self._bound[staging][space]
+
+    def of(self, container: Container) -> tuple[SecurityGroup, ...]:
+        """The groups of the table that are in force for a container."""
+        if not self.used or container.space is None or container.workload is None:
+            return ()
+        staging = container.workload is Workload.STAGING
+        guids = self._defaults[staging] | self._bound[staging].get(container.space, set())
+        return tuple(self._groups[guid] for guid in sorted(guids))
+
+    def reach(self, container: Container) -> Reach:
+        """Where a container may go off the overlay."""
+        lists = {self._lists[group.guid] for group in self.of(container)}
+        if (not self.used or container.space is None) and container.egress:
+            lists.add(RuleList.of(container.egress))
+        if container.opened:
+            lists.add(RuleList.of(container.opened))
+        workload = Workload.APP if container.workload is Workload.TASK else container.workload
+        ordered = sorted((each for each in lists if each.rules), key=lambda each: (not each.logs, each.digest))
+        return Reach(workload, tuple(ordered))
