@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test unit kernel system lint setup databases clean
+.PHONY: demo plugin test unit kernel system lint setup databases clean
 
 setup: $(STAMP)
 
@@ -12,6 +12,10 @@ $(STAMP): pyproject.toml .ci/setup
 
 demo: setup
 	@$(VENV)/bin/silkbus demo
+
+# The cf CLI plugin, and at the same time silkbus itself, in one file: cf install-plugin silkbus.pyz
+plugin: setup
+	$(VENV)/bin/python -m cli.plugin.build silkbus.pyz
 
 databases:
 	@.ci/setup-databases
@@ -34,4 +38,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) silkbus.pyz build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,6 +18,9 @@ from cli.client import Policy
 from cli.errors import Failed, NotFound, Refused, WrongUsage
 from cli.session import Session
 
+help_of: Callable[[Parser], str] = Parser.format_help
+"""What follows the reason of wrong usage; the plugin has cf print its own."""
+
 BOLD = "\x1b[;1m"
 TAB = 8
 GAP = 2
@@ -140,7 +143,7 @@ def _run(parser: Parser, argv: list[str], command: Callable[[Sequence[str], Call
         arguments, words = shared.parse_known_args(argv)
         command(words, lambda: Session(arguments))
     except WrongUsage as error:
-        code, text = 2, f"Incorrect usage. {error}\n\n{parser.format_help()}"
+        code, text = 2, f"Incorrect usage. {error}\n\n{help_of(parser)}"
     except Failed as error:
         code, text = 1, str(error)
     else:
@@ -192,7 +195,9 @@ def _said(doing: str) -> Iterator[None]:
 
 
 def _as(session: Session) -> str:
-    return f" as {terminal.name(session.user)}" if session.user else ""
+    with _said("could not resolve username"):
+        user = session.user
+    return f" as {terminal.name(user)}" if user else ""
 
 
 def _ok() -> None:

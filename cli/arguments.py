@@ -11,13 +11,18 @@ Example = tuple[str, str]
 """Arguments after the command's name, and what they do."""
 
 
+typed: Callable[[str], str] = "silkbus {}".format
+"""What is typed to call a command; the plugin's are called otherwise."""
+
+
 class Parser(argparse.ArgumentParser):
     """A command's. Raises WrongUsage rather than ending the program."""
 
     def __init__(self, command: str, description: str, examples: Sequence[Example] = ()) -> None:
-        shown = [f"  silkbus {command} {arguments}".rstrip() + f"\n      {what}" for arguments, what in examples]
+        program = typed(command)
+        shown = [f"  {program} {arguments}".rstrip() + f"\n      {what}" for arguments, what in examples]
         super().__init__(
-            prog=f"silkbus {command}",
+            prog=program,
             description=description,
             epilog="\n".join(["examples:", *shown]) if shown else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from cli.errors import Failed
-from cli.login import expired
+from cli.login import expired, owner
 from cli.web import Server
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,9 @@ class CfLogin:
                 }
             )
         return _text(self._content, "AccessToken") != before
+
+    def user(self) -> str | None:
+        return owner(self.token())
 
     def _grant(self) -> dict[str, str]:
         if _text(self._content, "UAAGrantType") == "client_credentials":

@@ -20,6 +20,9 @@ class Login(Protocol):
     def renew(self) -> bool:
         """The token was refused: whether there is another now. Raises Failed when there should be and is not."""
 
+    def user(self) -> str | None:
+        """Whose login it is, as far as that is known. Raises Failed."""
+
 
 @dataclass(frozen=True, slots=True)
 class FixedToken:
@@ -33,6 +36,9 @@ class FixedToken:
 
     def renew(self) -> bool:
         return False
+
+    def user(self) -> str | None:
+        return owner(self.given)
 
 
 def claims(token: str) -> dict[str, Any]:
@@ -53,7 +59,7 @@ def expired(token: str) -> bool:
     return isinstance(end, int | float) and end < time.time() + LEEWAY
 
 
-def user(token: str) -> str | None:
+def owner(token: str) -> str | None:
     """Whose token it is, as cf says it: the user's name, or else the client's; None if it does not tell."""
     found = claims(token)
     name = found.get("user_name") or found.get("client_id")

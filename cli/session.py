@@ -10,7 +10,6 @@ from cli.client import PATH, Client
 from cli.cloud_controller import CloudController
 from cli.directory import Directory, NoNames
 from cli.errors import Failed
-from cli.login import user
 from cli.web import Server
 
 
@@ -31,7 +30,7 @@ class Session:
 
     @property
     def user(self) -> str | None:
-        return user(self.configuration.login.token())
+        return self.configuration.login.user()
 
     @cached_property
     def client(self) -> Client:
