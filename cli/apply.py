@@ -10,6 +10,7 @@ from cli import manifest, output, plan, terminal, wait
 from cli.apps import App
 from cli.client import Policy
 from cli.errors import Failed
+from cli.history import sentence
 from cli.manifest import Manifest, Ports, Reference
 from cli.manifest_reader import parse
 from cli.plan import Plan
@@ -160,7 +161,7 @@ def _show(arguments: argparse.Namespace, found: Plan, remove: list[Policy], *, d
         return
     for sign, policies, paint in (("+", found.add, terminal.GREEN), ("-", remove, terminal.RED)):
         for policy in policies:
-            terminal.say(terminal.coloured(f"{sign} {_line(policy, found.apps)}", paint))
+            terminal.say(terminal.coloured(f"{sign} {sentence(policy, found.apps)}", paint))
     added, removed = ("added", "removed") if done else ("to add", "to remove")
     terminal.say(f"{_number(len(found.add))} {added}, {len(remove)} {removed}, {len(found.kept)} as they should be.")
     if left:
@@ -169,14 +170,6 @@ def _show(arguments: argparse.Namespace, found: Plan, remove: list[Policy], *, d
 
 def _number(count: int) -> str:
     return f"{count} polic{'y' if count == 1 else 'ies'}"
-
-
-def _line(policy: Policy, apps: Mapping[str, App]) -> str:
-    return f"{_place(apps[policy.source])} → {_place(apps[policy.destination])} {policy.protocol} {policy.ports}"
-
-
-def _place(app: App) -> str:
-    return "/".join(part for part in (app.org, app.space, app.name) if part)
 
 
 def _reference(app: App, ambiguous: frozenset[tuple[str, str, str]]) -> Reference:

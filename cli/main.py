@@ -29,6 +29,11 @@ GROUPS = {
         "diff": ("cli.apply:diff", "Say how the policies differ from a file"),
         "export": ("cli.apply:export", "Print the policies as a file"),
     },
+    "What happens": {
+        "status": ("cli.status:show", "Show which cells enforce the policies"),
+        "history": ("cli.history:show", "Show who changed which policies when"),
+        "events": ("cli.events:show", "Show what happens to policies and leases"),
+    },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 GROUP = "silkbus.commands"

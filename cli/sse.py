@@ -71,8 +71,6 @@ def _events(response: http.client.HTTPResponse) -> Iterator[Event]:
             number = value
         elif name == "data":
             data.append(value)
-        elif name == "retry":
-            yield Event("")
 
 
 def _event(kind: str, data: str, number: str) -> Event:
