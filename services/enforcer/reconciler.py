@@ -32,7 +32,7 @@ from services.enforcer.flows import Swept
 from services.enforcer.iptables import IptablesError
 from services.enforcer.model import Model
 from services.enforcer.sets import IpsetError
-from services.enforcer.settings import EnforcerSettings
+from services.enforcer.settings import EnforcerSettings, Kind
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,11 @@ class Reconciler:
     def model(self) -> Model:
         """What is wanted. To be read in the event loop, and changed by this class only."""
         return self._model
+
+    @property
+    def kind(self) -> Kind:
+        """Which of the kernel's packet filters is written; known once this is open."""
+        return self._dataplane.kind
 
     @property
     def settings(self) -> EnforcerSettings:
