@@ -50,7 +50,7 @@ def apply(argv: list[str]) -> int:
         if arguments.dry_run:
             return DIFFERENT if found.add or remove else 0
         code = wait.after(session.client, arguments, revision)
-        if arguments.output == "table":
+        if arguments.output == "table" and code != wait.TOO_LATE:
             terminal.ok()
         return code
 

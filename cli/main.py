@@ -30,6 +30,7 @@ GROUPS = {
         "export": ("cli.apply:export", "Print the policies as a file"),
     },
     "What happens": {
+        "explain": ("cli.explain:show", "Say why an app may or may not reach another"),
         "status": ("cli.status:show", "Show which cells enforce the policies"),
         "history": ("cli.history:show", "Show who changed which policies when"),
         "events": ("cli.events:show", "Show what happens to policies and leases"),

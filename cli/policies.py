@@ -9,7 +9,7 @@ import argparse
 from dataclasses import asdict
 
 from cli import arguments as command_line
-from cli import output, terminal
+from cli import output, terminal, wait
 from cli.apps import App
 from cli.client import Policy
 from cli.errors import WrongUsage
@@ -25,17 +25,17 @@ def add(argv: list[str]) -> int:
             ("frontend backend", "tcp, port 8080"),
             ("frontend backend --protocol udp --port 7000-7010", "a range of ports"),
             ("frontend db -s prod -o other --protocol tcp --port 5432", "to an app of another space and org"),
+            ("frontend backend --wait", "return when all live cells enforce it"),
         ],
     )
 
-    def run(arguments: argparse.Namespace) -> None:
+    def run(arguments: argparse.Namespace) -> int:
         _check_change(arguments)
         if (arguments.protocol is None) != (arguments.port is None):
             raise WrongUsage("--protocol and --port flags must be specified together")
         session = Session(arguments)
         policy, ends = _policy(session, arguments, "Adding")
-        session.client.add([policy])
-        _done(arguments, policy, ends)
+        return _done(session, arguments, policy, ends, session.client.add([policy]))
 
     return command_line.run(parser, argv, run)
 
@@ -51,16 +51,17 @@ def remove(argv: list[str]) -> int:
         ],
     )
 
-    def run(arguments: argparse.Namespace) -> None:
+    def run(arguments: argparse.Namespace) -> int:
         _check_change(arguments)
         _require("flag", "specified", {"--protocol": arguments.protocol, "--port": arguments.port}, close="'")
         session = Session(arguments)
         policy, ends = _policy(session, arguments, "Removing")
+        revision = None
         if policy in session.client.policies(sources=[policy.source]):
-            session.client.remove([policy])
+            revision = session.client.remove([policy])
         elif arguments.output == "table":
             terminal.say("Policy does not exist.")
-        _done(arguments, policy, ends)
+        return _done(session, arguments, policy, ends, revision)
 
     return command_line.run(parser, argv, run)
 
@@ -140,6 +141,7 @@ def _change_parser(command: str, description: str, examples: list[command_line.E
     parser.add_argument("-o", dest="org", metavar="ORG", help="the destination's org")
     parser.add_argument("--protocol", type=protocol, metavar="tcp|udp", help="default for adding: tcp")
     parser.add_argument("--port", type=ports, metavar="N|N-M", help="port or range; default for adding: 8080")
+    wait.add_options(parser)
     command_line.add_output(parser, short=False)
     return parser
 
@@ -174,11 +176,16 @@ def _policy(session: Session, arguments: argparse.Namespace, doing: str) -> tupl
     return policy, (source, destination)
 
 
-def _done(arguments: argparse.Namespace, policy: Policy, ends: tuple[App, App]) -> None:
-    if arguments.output == "table":
-        terminal.ok()
-    else:
+def _done(
+    session: Session, arguments: argparse.Namespace, policy: Policy, ends: tuple[App, App], revision: int | None
+) -> int:
+    """Say that it is done, after waiting if that was asked for; the exit code."""
+    code = wait.after(session.client, arguments, revision)
+    if arguments.output != "table":
         output.structured(arguments.output, as_value(policy, *ends))
+    elif code != wait.TOO_LATE:
+        terminal.ok()
+    return code
 
 
 def _as(session: Session) -> str:
