@@ -29,6 +29,7 @@ class CloudController:
         # What was looked up is not looked up again: a command lives for a second.
         self._orgs: dict[str, str] = {}
         self._spaces: dict[tuple[str, str], str] = {}
+        self._apps: dict[str, App] = {}
 
     def remember(self, org: tuple[str, str] | None, space: tuple[str, str] | None) -> None:
         """GUID and name of the targeted org and space, which need not be asked for."""
@@ -61,20 +62,25 @@ class CloudController:
             guid = self._space(org, space)
             for item in self._listed("apps", "names", apps, space_guids=guid):
                 place = Place(org, space, _text(item, "name"))
-                found[place] = App(_text(item, "guid"), place.name, space, org)
+                found[place] = self._seen(App(_text(item, "guid"), place.name, space, org))
         return found
 
     def within(self, org: str | None, space: str | None) -> list[App]:
         if org is not None and space is not None:
             items = self._pages("/v3/apps", space_guids=self._space(org, space))
-            return [App(_text(item, "guid"), _text(item, "name"), space, org) for item in items]
+            return [self._seen(App(_text(item, "guid"), _text(item, "name"), space, org)) for item in items]
         filters = {} if org is None else {"organization_guids": self._org(org)}
         return list(self._placed(self._pages("/v3/apps", **filters)).values())
 
     def known(self, guids: Iterable[str]) -> dict[str, App]:
         wanted = list(dict.fromkeys(guids))
-        found = self._placed(self._listed("apps", "guids", wanted))
+        missing = [guid for guid in wanted if guid not in self._apps]
+        found = self._apps | self._placed(self._listed("apps", "guids", missing))
         return {guid: found.get(guid) or App(guid, guid) for guid in wanted}
+
+    def _seen(self, app: App) -> App:
+        self._apps[app.guid] = app
+        return app
 
     def _by_guid(self, guid: str) -> App:
         found = self._placed(self._listed("apps", "guids", [guid]))
