@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyroute2 import netns
@@ -76,10 +77,10 @@ def tags(**given: int) -> dict[tuple[str, ...], object]:
 
 @asynccontextmanager
 async def enforcing(
-    cell: Cell, kind: str, *, known: dict[tuple[str, ...], object] | None = None, begin: bool = True
+    cell: Cell, kind: str, *, known: dict[tuple[str, ...], object] | None = None, begin: bool = True, **more: Any
 ) -> AsyncIterator[Enforcer]:
-    """An enforcer on a cell, in sync with `known` policies and tags and with all cells' leases."""
-    settings = EnforcerSettings(cell=f"cell-{cell.number}", iptables=kind, state_dir=Path(os.devnull))
+    """An enforcer on a cell, in sync with `known` policies and tags and with all cells' leases; `more` settings."""
+    settings = EnforcerSettings(cell=f"cell-{cell.number}", iptables=kind, state_dir=Path(os.devnull), **more)
     kernel = KernelThread("kernel")
     await kernel.run(netns.setns, cell.name)
     reconciler = Reconciler(settings, kernel)
