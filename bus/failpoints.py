@@ -15,6 +15,7 @@ POINTS = {
     "policy.after-commit": "a policy change is committed, nothing published, the client not answered",
     "policy.after-publish": "a policy change is published, the client not answered",
     "policy.groups.before-commit": "a change of security groups is written but not committed",
+    "silk.lease.before-commit": "a change of leases is written but not committed",
     "silk.lease.after-commit": "a lease is committed, nothing published, the cell not answered",
     "silk.attach.after-address": "an address is chosen, no link made",
     "silk.attach.after-link": "the container's link exists, its addresses do not",
@@ -28,6 +29,7 @@ POINTS = {
     "networker.after-attach": "the container has its link, the enforcer does not know it",
     "networker.after-admit": "the container's rules are in the kernel, the record still says attaching",
     "networker.after-ready": "the record says ready, the runtime has no answer",
+    "networker.change.after-record": "the record says what a container may reach now, the enforcer does not know it",
     "networker.remove.after-forget": "the container's rules are gone, its link is there",
     "networker.remove.after-detach": "the container's link is gone, its record is there",
 }

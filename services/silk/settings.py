@@ -1,4 +1,4 @@
-"""The settings of the silk worker and the Silk controller."""
+"""The settings of the silk worker."""
 
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bus.decode import Malformed
 from bus.messages import cell_name
-from bus.settings import CellSettings, CentralSettings, setting
+from bus.settings import CellSettings, setting
 from services.silk.bandwidth import Bandwidth
 
 OVERLAY = IPv4Network("10.255.0.0/16")
@@ -18,11 +18,22 @@ class WorkerSettings(CellSettings):
     """What a cell's silk worker needs to know."""
 
     underlay: IPv4Address = setting("this cell's IPv4 address on the underlay network")
-    overlay_network: IPv4Network = setting("network of all containers; the controller's must be the same", OVERLAY)
+    overlay_network: tuple[IPv4Network, ...] = setting("networks of all containers, as the controller's", (OVERLAY,))
     vni: int = setting("VXLAN network identifier", 1)
     vtep_port: int = setting("UDP port of VXLAN on every cell", 4789)
     vtep_name: str = setting("name of this cell's VXLAN device", "silk-vtep")
     mtu: int = setting("MTU of the overlay and the containers; 0 is the underlay device's less 50", 0)
+    single_ip_only: bool = setting("lease one overlay address instead of a subnet: a machine without containers", False)
+    controller_url: str = setting("URL of the original's Silk controller, to be used instead of ours on the bus", "")
+    controller_ca: Path | None = setting("certificate of the authority that the original's controller must have", None)
+    controller_cert: Path | None = setting("this cell's certificate for the original's controller", None)
+    controller_key: Path | None = setting("private key of controller_cert", None)
+    partition_tolerance: int = setting(
+        "seconds to go on without the original's controller; at most its lease expiry", 7 * 86400
+    )
+    health_port: int = setting(
+        "port on 127.0.0.1 that answers as the original's silk-daemon does, to its CNI; 0 is none", 0
+    )
     bandwidth_rate: int = setting("Kbit/s that each container may receive, and send; 0 is no limit", 0)
     bandwidth_burst: int = setting("Kb that each container may receive or send at once; needs bandwidth_rate", 0)
 
@@ -39,30 +50,17 @@ class WorkerSettings(CellSettings):
         _ = Bandwidth.both_ways(self.bandwidth_rate, self.bandwidth_burst)  # checks them
         if self.mtu and not 576 <= self.mtu <= 65535:
             raise Malformed(f"mtu: must be 0 or 576 to 65535, not {self.mtu}")
-        if self.underlay in self.overlay_network:
-            raise Malformed(f"underlay: {self.underlay} lies in the overlay network {self.overlay_network}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerSettings(CentralSettings):
-    """What the Silk controller needs to know."""
-
-    database: str = setting("database of the leases: sqlite:///FILE, postgresql://… or mysql://…", "sqlite:///silk.db")
-    overlay_network: IPv4Network = setting("network of all containers", OVERLAY)
-    subnet_prefix_length: int = setting("length of the prefix of each cell's subnet; fixed once cells have leases", 24)
-    lease_expiry: int = setting("seconds after which a lease that is not renewed may go to another cell", 7 * 86400)
-    run_dir: Path = setting("folder of the service's socket", Path("/run/silkbus"))
-
-    def __post_init__(self) -> None:
-        CentralSettings.__post_init__(self)
-        if not self.overlay_network.prefixlen < self.subnet_prefix_length <= 30:
-            raise Malformed(
-                f"subnet_prefix_length: must be longer than that of {self.overlay_network} and at most 30,"
-                f" not {self.subnet_prefix_length}"
-            )
-        if self.lease_expiry < 4:
-            raise Malformed(f"lease_expiry: must be at least 4 s, not {self.lease_expiry}")
-
-    @property
-    def socket(self) -> Path:
-        return self.run_dir / "silk-controller" / "silk-controller.sock"
+        if not self.overlay_network:
+            raise Malformed("overlay_network: name at least one network")
+        if not 0 <= self.health_port < 65536:
+            raise Malformed(f"health_port: must be 0 to 65535, not {self.health_port}")
+        if self.controller_url:
+            if not self.controller_url.startswith("https://"):
+                raise Malformed(f"controller_url: must begin with https://, not {self.controller_url!r}")
+            if self.controller_ca is None or self.controller_cert is None or self.controller_key is None:
+                raise Malformed("controller_url: set controller_ca, controller_cert and controller_key, too")
+            if self.partition_tolerance < 4:
+                raise Malformed(f"partition_tolerance: must be at least 4 s, not {self.partition_tolerance}")
+        for network in self.overlay_network:
+            if self.underlay in network:
+                raise Malformed(f"underlay: {self.underlay} lies in the overlay network {network}")

@@ -1,15 +1,8 @@
-"""The subnets of the overlay network and the MACs of the VTEPs, which follow from them (contract/cell.md 4.5)."""
+"""The MACs of the VTEPs, which follow from the subnets (contract/cell.md 4.5)."""
 
-from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
-from itertools import islice
 
 _VTEP_PREFIX = "ee:ee:"
-
-
-def subnet_pool(overlay: IPv4Network, prefix_length: int) -> Iterator[IPv4Network]:
-    """The subnets that cells may lease, ascending: all of that length but the first."""
-    return islice(overlay.subnets(new_prefix=prefix_length), 1, None)
 
 
 def vtep_mac(subnet: IPv4Network) -> str:

@@ -27,7 +27,7 @@ from services.enforcer.settings import EnforcerSettings
 from services.policy.server import PolicySettings, serve
 from services.silk.client import LeaseClient, LeaseDenied, LeaseLost
 from services.silk.controller import control
-from services.silk.settings import ControllerSettings
+from services.silk.controller_settings import ControllerSettings
 from tests.bus import asyncapi
 from tests.bus.tables import cancel, eventually
 from tests.nats_server import NatsServer, free_port
@@ -106,11 +106,13 @@ async def use_policies(url: str) -> None:
 async def use_leases(bus: NatsServer) -> None:
     async with connect(bus.url, role="cell", name="one") as connection:
         assert await connection.wait_connected(10)
-        cells = [LeaseClient(connection, CellName(f"c{n}"), IPv4Address(f"10.0.0.{n}"), OVERLAY) for n in range(1, 5)]
+        cells = [
+            LeaseClient(connection, CellName(f"c{n}"), IPv4Address(f"10.0.0.{n}"), (OVERLAY,)) for n in range(1, 5)
+        ]
         first, *_ = [await cell.acquire() for cell in cells[:3]]
         await cells[0].renew(first)
         with pytest.raises(LeaseDenied):
-            await LeaseClient(connection, CellName("thief"), cells[0].underlay, OVERLAY).acquire()
+            await LeaseClient(connection, CellName("thief"), cells[0].underlay, (OVERLAY,)).acquire()
         async with asyncio.timeout(30):
             while True:  # until one of the three, which are all there are, has expired
                 try:
@@ -163,8 +165,10 @@ async def test_what_is_sent_is_what_is_documented(
     leases = ControllerSettings(
         nats=bus.url,
         database=f"sqlite:///{tmp_path}/l.db",
-        overlay_network=OVERLAY,
+        overlay_network=(OVERLAY,),
         lease_expiry=4,
+        subnet_rest=0,
+        max_overdue_share=1.0,
         run_dir=tmp_path,
     )
     async with recording(bus) as heard, running(serve(policies), control(leases), report(bus, tmp_path)):

@@ -18,7 +18,7 @@ from bus.connection import BusAway, Connection, NoAnswer, connect
 from bus.messages import CellName, CellState, Revision
 from services.silk.client import LeaseClient, LeaseDenied
 from services.silk.controller import control
-from services.silk.settings import ControllerSettings
+from services.silk.controller_settings import ControllerSettings
 from tests.bus.tables import cancel, eventually
 from tests.nats_server import NatsServer
 from tests.policy.server import ADMIN_TOKEN, DELETE, POLICIES, WRITE_TOKEN, PolicyServer, body, policy
@@ -42,7 +42,7 @@ class Cells:
     async def cell(self, name: str, number: int) -> AsyncIterator[None]:
         async with connect(self.url, role="cell", name=name) as connection:
             assert await connection.wait_connected(WAIT)
-            client = LeaseClient(connection, CellName(name), IPv4Address(f"10.0.0.{number}"), OVERLAY)
+            client = LeaseClient(connection, CellName(name), IPv4Address(f"10.0.0.{number}"), (OVERLAY,))
             while True:
                 try:
                     await client.acquire()
@@ -113,7 +113,7 @@ async def world(bus: NatsServer, tmp_path: Path) -> AsyncIterator[tuple[PolicySe
                 nats=bus.url,
                 database=f"sqlite:///{tmp_path / 'silk.db'}",
                 run_dir=tmp_path / "run",
-                overlay_network=OVERLAY,
+                overlay_network=(OVERLAY,),
             )
         )
     )
