@@ -22,7 +22,8 @@ from services.silk.namespace import opened
 from services.silk.network import CellNetwork
 from services.silk.peers import desired
 from services.silk.settings import WorkerSettings
-from services.silk.subnets import subnet_pool, vtep_mac
+from services.silk.pool import Kind, Pool
+from services.silk.subnets import vtep_mac
 
 OVERLAY = IPv4Network("10.0.0.0/8")
 UNDERLAY = IPv4Address("172.16.0.1")
@@ -48,7 +49,7 @@ def converge(network: CellNetwork, own: Lease, leases: list[Lease]) -> None:
     count = len(leases) - 1
 
     def apply(wanted: list[Lease], *, sweep: bool = False) -> None:
-        result = network.converge(desired(own, OVERLAY, wanted), delete=True, sweep=sweep)
+        result = network.converge(desired(own, (OVERLAY,), wanted), delete=True, sweep=sweep)
         if result.failed:
             sys.exit(f"{result.failed} entries were refused")
 
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--containers", type=int, default=100)
     arguments = parser.parse_args()
     prefix = f"silkbus-bench-{os.getpid()}"
-    pool = list(subnet_pool(OVERLAY, 24))
+    pool = list(Pool((OVERLAY,), 24).subnets(Kind.BLOCK))
     leases = [
         Lease(subnet, CellName(f"cell-{number}"), UNDERLAY + number, vtep_mac(subnet))
         for number, subnet in enumerate(pool[:1001])
@@ -107,7 +108,7 @@ def main() -> None:
         ip("-n", prefix, "addr", "add", f"{UNDERLAY}/16", "dev", "eth0")
         ip("-n", prefix, "link", "set", "eth0", "up")
         with tempfile.TemporaryDirectory() as folder, opened(f"/run/netns/{prefix}") as namespace:
-            settings = WorkerSettings(cell="cell-0", underlay=UNDERLAY, overlay_network=OVERLAY, state_dir=Path(folder))
+            settings = WorkerSettings(cell="cell-0", underlay=UNDERLAY, overlay_network=(OVERLAY,), state_dir=Path(folder))
 
             def measure() -> None:
                 network = CellNetwork(settings)

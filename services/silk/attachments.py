@@ -6,7 +6,7 @@ is why a link without an alias whose note is not complete can only be one that a
 
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
@@ -177,28 +177,21 @@ class Attachments:
                 self._links.delete(link.link)
         return links
 
-    def mend(self) -> list[str]:
-        """Give every link of ours back what others took from it, and make those anew that vanished: what was done.
+    def mend(self, indexes: Collection[int] | None = None) -> list[str]:
+        """Give our links, all or those with these indexes, back what others took: what was mended. Raises OSError."""
+        hosts = {}
+        for link in self.clean():
+            if link.handle and (indexes is None or link.link.index in indexes):
+                note = self._notes.get(link.handle)
+                hosts[link.handle] = (link, container_mac(link.address) if note is None else self._mac(note))
+        return self._links.mend(hosts) if hosts else []
 
-        One whose namespace is gone is given up: its container is no more. One that cannot be mended does not keep the
-        others from it.
-        """
-        done = []
-        links = {link.handle: link for link in self.clean() if link.handle}
-        for handle, link in links.items():
-            try:
-                note = self._notes.get(handle)
-                if self._links.mend(link, container_mac(link.address) if note is None else self._mac(note)):
-                    done.append(f"link {link.link.name} of {handle}")
-            except OSError as error:
-                log.error("link cannot be mended", extra=about(handle=handle, error=str(error)))
-        taken = {link.address for link in links.values()}
-        vanished = [each for each in self._notes.all() if each.handle not in links and each.address not in taken]
-        done += [
-            f"vanished link {host_interface(each.address)} of {each.handle}"
-            for each in vanished
-            if self._restored(each)
-        ]
+    def restore(self) -> list[str]:
+        """Make vanished links of containers that still live anew: which. Gives up those whose namespace is gone."""
+        links = self.clean()
+        there = {link.handle for link in links} | {link.address for link in links}
+        vanished = [note for note in self._notes.all() if not there & {note.handle, note.address}]
+        done = [f"vanished link of {note.handle}" for note in vanished if self._restored(note)]
         self._remove_ifbs()
         return done
 

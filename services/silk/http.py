@@ -34,7 +34,7 @@ _STATUS: dict[type[Exception], int] = {
 
 
 def routes(cell: Cell) -> list[Route]:
-    """`GET /`, `POST /attach`, `POST /detach`."""
+    """The worker's calls, all of docs/design.md."""
 
     async def overlay(_: Request) -> Response:
         lease, device = cell.overlay()
@@ -59,8 +59,25 @@ def routes(cell: Cell) -> list[Route]:
         await cell.detach(_handle(fields), fields.address("address") if "address" in fields else None)
         return JSONResponse({})
 
+    async def drain(_: Request) -> Response:
+        return JSONResponse({"containers": await cell.drain()})
+
+    async def teardown(_: Request) -> Response:
+        return JSONResponse({"failed": await cell.tear_down()})
+
+    async def problems(_: Request) -> Response:
+        found = await cell.problems()
+        return JSONResponse({"problems": [{"name": each.name, "text": each.text} for each in found]})
+
+    async def leases(_: Request) -> Response:
+        return JSONResponse({"leases": [lease.encode() for lease in cell.leases()]})
+
     return [
         Route("/", _answered(overlay)),
+        Route("/problems", _answered(problems)),
+        Route("/leases", _answered(leases)),
+        Route("/drain", _answered(drain), methods=["POST"]),
+        Route("/teardown", _answered(teardown), methods=["POST"]),
         Route("/attach", _answered(attach), methods=["POST"]),
         Route("/detach", _answered(detach), methods=["POST"]),
     ]

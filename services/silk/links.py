@@ -9,14 +9,17 @@ complete and ours. One without is what a crash of ours left if a note says that 
 """
 
 import errno
+import logging
 import re
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from bus.failpoints import failpoint
+from bus.log import about
 from bus.messages import Handle
 from services.silk.bandwidth import UNLIMITED, limit_link, remove_ifbs
 from services.silk.namespace import Namespace, namespace_number, write_sysctl
@@ -31,18 +34,23 @@ from services.silk.rtnetlink import (
     addresses,
     create_veth,
     delete_link,
+    link_route,
     mac_text,
     neighbours,
     read_address,
     read_link,
+    read_link_route,
     read_permanent,
     replace_neighbour,
     replace_route,
+    routes,
     set_alias,
     set_link,
     set_mac,
     veths,
 )
+
+log = logging.getLogger(__name__)
 
 GATEWAY = IPv4Address("169.254.0.1")
 _NAME = re.compile(r"s-(\d{3})(\d{3})(\d{3})(\d{3})")
@@ -120,26 +128,39 @@ class Links:
             raise
         return number
 
-    def mend(self, host: ContainerLink, mac: str) -> bool:
-        """Give the host's end back what it must have: flags, address, neighbour, settings. Whether it lacked any.
+    def mend(self, hosts: Mapping[Handle, tuple[ContainerLink, str]]) -> list[str]:
+        """Give the host's ends back what they must have: flags, address, neighbour, route, settings. What was mended.
 
-        `mac` is the container end's. Raises OSError.
+        With each comes the MAC of its other end. One that cannot be mended is told of and keeps no other from it.
+        Raises OSError if the kernel cannot be read.
         """
-        link = host.link
         addressed = {read_address(*each) for each in self._netlink.dump(*addresses())}
-        known = [read_permanent(*each) for each in self._netlink.dump(*neighbours())]
-        whole = (
-            link.flags & (UP | NOARP) == UP | NOARP
-            and link.mac == host_mac(host.address)
-            and (link.index, GATEWAY) in addressed
-            and (link.index, host.address, mac) in known
-        )
-        if whole and _is_configured(link.name):
-            return False
-        if link.mac != host_mac(host.address):
-            self._netlink.run(set_mac(link.index, host_mac(host.address)))
-        _set_up(self._netlink, link.index, link.name, GATEWAY, host.address, mac)
-        return True
+        known = {read_permanent(*each) for each in self._netlink.dump(*neighbours())}
+        routed = {read_link_route(*each) for each in self._netlink.dump(*routes())}
+        mended = []
+        for handle, (host, mac) in hosts.items():
+            link = host.link
+            lacks = {
+                "flags": link.flags & (UP | NOARP) != UP | NOARP,
+                "MAC": link.mac != host_mac(host.address),
+                "address": (link.index, GATEWAY) not in addressed,
+                "neighbour": (link.index, host.address, mac) not in known,
+                "route": (link.index, host.address) not in routed,
+                "rp_filter": not _is_filtered(link.name),
+            }
+            what = ", ".join(name for name, lacking in lacks.items() if lacking)
+            if not what:
+                continue
+            try:
+                if lacks["MAC"]:
+                    self._netlink.run(set_mac(link.index, host_mac(host.address)))
+                _set_up(self._netlink, link.index, link.name, GATEWAY, host.address, mac)
+                self._netlink.run(link_route(host.address, link.index, GATEWAY))
+            except OSError as error:
+                log.error("link cannot be mended", extra=about(handle=handle, interface=link.name, error=str(error)))
+            else:
+                mended.append(f"{what} of {link.name} ({handle})")
+        return mended
 
     def delete(self, link: Link) -> None:
         """Delete a link, and so its other end. That it is gone already is no error."""
@@ -172,7 +193,7 @@ def _veths(netlink: Netlink) -> list[Link]:
     return [read_link(header, values) for header, values in netlink.dump(*veths())]
 
 
-def _is_configured(name: str) -> bool:
+def _is_filtered(name: str) -> bool:
     try:
         return Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").read_text().strip() == "1"
     except OSError:

@@ -96,8 +96,10 @@ def namespace_number() -> int:
         return number
 
 
-def write_sysctl(name: str, value: str) -> None:
-    """Write net.NAME of the calling thread's network namespace. Raises OSError."""
+def write_sysctl(name: str, value: str) -> bool:
+    """Write net.NAME of the calling thread's network namespace; whether it was not so. Raises OSError."""
     path = Path("/proc/sys/net") / name
-    if path.read_text().strip() != value:
-        path.write_text(value)
+    if path.read_text().strip() == value:
+        return False
+    path.write_text(value)
+    return True

@@ -78,6 +78,12 @@ class Netlink:
         self._socket.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
         self._sequence = 0
 
+    @property
+    def port(self) -> int:
+        """What names this socket in the kernel's notices of what it changed."""
+        port: int = self._socket.getsockname()[0]
+        return port
+
     def close(self) -> None:
         self._socket.close()
 
@@ -117,7 +123,7 @@ class Netlink:
 
     def _answers(self, first: int, until: int) -> Iterator[tuple[int, int, str]]:
         while True:
-            for kind, flags, sequence, payload in _messages(self._socket.recv(RECEIVE_BYTES)):
+            for kind, flags, sequence, payload, _ in messages(self._socket.recv(RECEIVE_BYTES)):
                 if kind == _ERROR and sequence >= first:
                     yield sequence, -struct.unpack_from("=i", payload)[0], _reason(flags, payload)
                     if sequence == until:
@@ -137,7 +143,7 @@ class Netlink:
         found: list[tuple[bytes, dict[int, bytes]]] = []
         whole = True
         while True:
-            for answer, flags, sequence, body in _messages(self._socket.recv(RECEIVE_BYTES)):
+            for answer, flags, sequence, body, _ in messages(self._socket.recv(RECEIVE_BYTES)):
                 if sequence != self._sequence:
                     continue
                 whole = whole and not flags & _DUMP_INTERRUPTED
@@ -158,13 +164,14 @@ def _fitting(messages: Sequence[Message], start: int) -> int:
     return len(messages)
 
 
-def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes, int]]:
+    """The messages in what a socket received: type, flags, sequence number, payload, port of the socket that asked."""
     offset = 0
     while offset + 16 <= len(data):
-        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
+        length, kind, flags, sequence, port = _HEADER.unpack_from(data, offset)
         if kind == _OVERRUN or length < 16:
             raise OSError(errno.ENOBUFS, "netlink: the kernel's answers overran the socket")
-        yield kind, flags, sequence, data[offset + 16 : offset + length]
+        yield kind, flags, sequence, data[offset + 16 : offset + length], port
         offset += (length + 3) & ~3
 
 

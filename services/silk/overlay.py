@@ -4,11 +4,13 @@ The device belongs to the lease, not to the process: it stays when the worker en
 cannot be changed in place is not as it must be. A restart therefore loses no packet.
 """
 
+import errno
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
@@ -31,20 +33,31 @@ class OverlayError(Exception):
 class Overlay:
     """What the device must be, but for the lease."""
 
-    network: IPv4Network
+    networks: tuple[IPv4Network, ...]
     underlay: IPv4Address
     vni: int
     port: int
     name: str
     mtu: int = 0
 
+    def network_of(self, subnet: IPv4Network) -> IPv4Network:
+        """The overlay's network that a leased subnet lies in. Raises OverlayError."""
+        for network in self.networks:
+            if subnet.subnet_of(network):
+                return network
+        raise OverlayError(f"subnet {subnet} is in none of the overlay's networks: correct 'overlay_network'")
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The device as it stands: its index in this namespace, and its MTU, which is the containers' too."""
+    """The device as it stands: its index in this namespace, and its MTU, which is the containers' too.
+
+    `changes` is what had to be changed of it, in words.
+    """
 
     index: int
     mtu: int
+    changes: tuple[str, ...] = ()
 
 
 def ensure(overlay: Overlay, lease: Lease) -> Device:
@@ -52,7 +65,9 @@ def ensure(overlay: Overlay, lease: Lease) -> Device:
 
     Blocks. Works in the network namespace of the calling thread. Raises OverlayError or OSError.
     """
-    with _explained(overlay.name), IPRoute() as ipr:
+    changes = []
+    network = overlay.network_of(lease.subnet)
+    with _explained(overlay), IPRoute() as ipr:
         parent = _parent(ipr, overlay)
         mtu = overlay.mtu or parent.get_attr("IFLA_MTU") - VXLAN_OVERHEAD
         link = _link(ipr, overlay.name)
@@ -60,34 +75,93 @@ def ensure(overlay: Overlay, lease: Lease) -> Device:
             _refuse_foreign(link, overlay)
             log.warning("replacing the overlay device", extra=about(device=overlay.name, reason=reason))
             ipr.link("del", index=link["index"])
+            changes.append(reason)
             link = None
+        elif link is None:
+            changes.append("there was none")
         if link is None:
             log.info("creating the overlay device", extra=about(device=overlay.name, subnet=str(lease.subnet), mtu=mtu))
             link = _create(ipr, overlay, lease, parent["index"], mtu)
         index: int = link["index"]
-        if link.get_attr("IFLA_MTU") != mtu:
+        if (has := link.get_attr("IFLA_MTU")) != mtu:
             ipr.link("set", index=index, mtu=mtu)
+            changes.append(f"MTU is {has}, not {mtu}")
         if not link["flags"] & UP:
             ipr.link("set", index=index, state="up")
-        _ensure_address(ipr, index, lease.subnet.network_address, overlay.network.prefixlen)
-    _ensure_unreachable(lease.subnet)
-    return Device(index, mtu)
+            changes.append("it is down")
+        if _ensure_address(ipr, index, lease.subnet.network_address, network.prefixlen):
+            changes.append("its address is not as it must be")
+    # A subnet of one address is the device's own.
+    dead_ends = {lease.subnet} if lease.subnet.prefixlen < 32 else set()
+    if _ensure_unreachable(dead_ends | (set(overlay.networks) - {network})):
+        changes.append("the unreachable routes are not as they must be")
+    return Device(index, mtu, tuple(changes))
 
 
-def fence(name: str) -> None:
-    """Set the device down: this cell neither sends nor takes anything over the overlay. No device is no error."""
-    with _explained(name), IPRoute() as ipr:
-        link = _link(ipr, name)
-        if link is not None and link["flags"] & UP:
+def fence(overlay: Overlay) -> bool:
+    """Set the device down: this cell neither sends nor takes anything over the overlay. Whether it was up."""
+    with _explained(overlay), IPRoute() as ipr:
+        link = _link(ipr, overlay.name)
+        up = link is not None and bool(link["flags"] & UP)
+        if link is not None and up:
             ipr.link("set", index=link["index"], state="down")
+        return up
+
+
+def index(overlay: Overlay) -> int | None:
+    """The device's index, if it stands, up or not."""
+    with _explained(overlay), IPRoute() as ipr:
+        link = _link(ipr, overlay.name)
+        return None if link is None else link["index"]
+
+
+def remove(overlay: Overlay) -> None:
+    """Delete the device, and the subnet's route. No device is no error; one that is no VXLAN device is not ours."""
+    with _explained(overlay), IPRoute() as ipr:
+        link = _link(ipr, overlay.name)
+        if link is not None:
+            _refuse_foreign(link, overlay)
+            ipr.link("del", index=link["index"])
+    _ensure_unreachable(set())
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(overlay: Overlay) -> Iterator[None]:
     try:
         yield
     except NetlinkError as error:
-        raise OverlayError(f"the kernel refused to set up the overlay device {name}: {error}") from error
+        text = f"the kernel refused to set up the overlay device {overlay.name}: {error}"
+        if error.code in (errno.EADDRINUSE, errno.EEXIST):
+            users = port_users(overlay)
+            text += (
+                f"; UDP port {overlay.port} or VNI {overlay.vni} is in use by {users or 'somebody else'}:"
+                " end that, or choose another 'vtep_port' (the same on all cells)"
+            )
+        raise OverlayError(text) from error
+
+
+def port_sharers(overlay: Overlay) -> list[str]:
+    """The other VXLAN devices that use the overlay's UDP port, by name and VNI."""
+    sharers = []
+    with IPRoute() as ipr:
+        for link in ipr.link("dump", kind="vxlan"):
+            name, data = link.get_attr("IFLA_IFNAME"), link.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA")
+            if name != overlay.name and data is not None and data.get_attr("IFLA_VXLAN_PORT") == overlay.port:
+                sharers.append(f"{name} (VNI {data.get_attr('IFLA_VXLAN_ID')})")
+    return sharers
+
+
+def port_users(overlay: Overlay) -> str:
+    """Who else uses the overlay's UDP port: VXLAN devices, and programs' sockets; empty if nobody."""
+    users = [f"the VXLAN device {name}" for name in port_sharers(overlay)]
+    for family in ("udp", "udp6"):
+        with suppress(OSError):
+            for line in Path(f"/proc/net/{family}").read_text().splitlines()[1:]:
+                fields = line.split()
+                # The kernel's own sockets, VXLAN's, have no inode and are not listed.
+                if int(fields[1].rpartition(":")[2], 16) == overlay.port:
+                    users.append(f"a program's {family} socket (inode {fields[9]}; see ss -ulnp)")
+    return ", ".join(users)
 
 
 def _link(ipr: IPRoute, name: str) -> Any | None:
@@ -146,27 +220,30 @@ def _create(ipr: IPRoute, overlay: Overlay, lease: Lease, parent: int, mtu: int)
     return _link(ipr, overlay.name)
 
 
-def _ensure_address(ipr: IPRoute, index: int, base: IPv4Address, prefix_length: int) -> None:
-    """The subnet's base address with the overlay's prefix, scope link, and no other IPv4 address."""
-    right = False
+def _ensure_address(ipr: IPRoute, index: int, base: IPv4Address, prefix_length: int) -> bool:
+    """The subnet's base address with the overlay's prefix, scope link, and no other; whether it was not so."""
+    right, others = False, False
     for address in ipr.get_addr(index=index, family=2):
         has = (address.get_attr("IFA_LOCAL"), address["prefixlen"], address["scope"])
         if has == (str(base), prefix_length, SCOPE_LINK):
             right = True
         else:
             ipr.addr("del", index=index, address=has[0], prefixlen=has[1])
+            others = True
     if not right:
         ipr.addr("add", index=index, address=str(base), prefixlen=prefix_length, scope=SCOPE_LINK)
+    return others or not right
 
 
-def _ensure_unreachable(subnet: IPv4Network) -> None:
-    """Packets to addresses of our own subnet that no container has end here, not in the overlay.
+def _ensure_unreachable(prefixes: set[IPv4Network]) -> bool:
+    """Packets to addresses of these that nobody has end here, and not elsewhere; whether it was not so.
 
-    A container's own /32 route is longer and wins.
+    They are our own subnet and the overlay's networks that the device's address is not in. The routes of containers and
+    of other cells' subnets are longer and win.
     """
     with Netlink() as netlink:
         ours = [route for route in (read_route(*each) for each in netlink.dump(*routes())) if route is not None]
-        stale = [route.prefix for route in ours if route.gateway is None and route.prefix != subnet]
-        if not any(route.gateway is None and route.prefix == subnet for route in ours):
-            netlink.run(replace_unreachable(subnet))
-        netlink.run(*(delete_unreachable(prefix) for prefix in stale))
+        actual = {route.prefix for route in ours if route.gateway is None}
+        netlink.run(*(replace_unreachable(prefix) for prefix in prefixes - actual))
+        netlink.run(*(delete_unreachable(prefix) for prefix in actual - prefixes))
+        return actual != prefixes

@@ -12,8 +12,8 @@ subnets of the overlay (the kernel keeps no owner of those).
 
 import errno
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -51,13 +51,15 @@ class Entries:
     forwarding: dict[str, IPv4Address] = field(default_factory=dict)
 
 
-def desired(own: Lease, overlay: IPv4Network, leases: Iterable[Lease]) -> Entries:
+def desired(own: Lease, overlay: Collection[IPv4Network], leases: Iterable[Lease]) -> Entries:
     """The entries for all leases but our own and those outside the overlay."""
     entries = Entries()
     source = own.subnet.network_address
     for lease in leases:
         # A lease with our underlay address or an overlapping subnet would take our own traffic away.
-        if lease.underlay == own.underlay or lease.subnet.overlaps(own.subnet) or not lease.subnet.subnet_of(overlay):
+        if lease.underlay == own.underlay or lease.subnet.overlaps(own.subnet):
+            continue
+        if not any(lease.subnet.subnet_of(network) for network in overlay):
             continue
         gateway = lease.subnet.network_address
         entries.routes[lease.subnet] = (gateway, source)
@@ -68,16 +70,20 @@ def desired(own: Lease, overlay: IPv4Network, leases: Iterable[Lease]) -> Entrie
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How many entries were changed, and what the kernel refused (named in the log); those are tried again."""
+    """How many entries were changed, and what the kernel refused (named in the log); those are tried again.
+
+    `drifted` is how many somebody else had changed.
+    """
 
     changed: int
     failed: int
+    drifted: int = 0
 
 
 class Peers:
     """The entries on one VTEP, `index`, in the network namespace that `netlink` was opened in. All methods block."""
 
-    def __init__(self, netlink: Netlink, index: int, overlay: IPv4Network) -> None:
+    def __init__(self, netlink: Netlink, index: int, overlay: Collection[IPv4Network]) -> None:
         self._netlink = netlink
         self._index = index
         self._overlay = overlay
@@ -86,9 +92,16 @@ class Peers:
     def sweep(self, wanted: Entries, *, delete: bool = True) -> Result:
         """Read what the kernel has and make it what is wanted."""
         believed, self._actual = self._actual, self._read()
-        if believed != self._actual:
-            log.warning("overlay entries had drifted: somebody else changed them", extra=about(device=self._index))
-        return self.apply(wanted, delete=delete)
+        drifted = _differences(believed, self._actual)
+        if drifted:
+            fields = about(entries=drifted, device=self._index)
+            log.warning("overlay entries had drifted: somebody else changed them", extra=fields)
+        return replace(self.apply(wanted, delete=delete), drifted=drifted)
+
+    def contradicts(self, forwarding: Mapping[str, IPv4Address | None]) -> bool:
+        """Whether we made something else of these entries: MAC -> destination, None for one that is gone."""
+        actual = self._actual.forwarding
+        return any(actual.get(mac) != to and _is_vteps(mac, self._overlay) for mac, to in forwarding.items())
 
     def apply(self, wanted: Entries, *, delete: bool = True) -> Result:
         """Carry out the difference to what is there. Without `delete` nothing is removed, only added and changed."""
@@ -147,10 +160,24 @@ class Peers:
                 entries.neighbours[neighbour[0]] = neighbour[1]
         for header, values in self._netlink.dump(*forwarding(self._index)):
             entry = read_forwarding(header, values, self._index)
-            base = vtep_address(entry[0]) if entry is not None else None
-            if entry is not None and base is not None and base in self._overlay:
+            if entry is not None and _is_vteps(entry[0], self._overlay):
                 entries.forwarding[entry[0]] = entry[1]
         return entries
+
+
+def _is_vteps(mac: str, overlay: Collection[IPv4Network]) -> bool:
+    base = vtep_address(mac)
+    return base is not None and any(base in network for network in overlay)
+
+
+def _differences(one: Entries, other: Entries) -> int:
+    """How many entries are not alike."""
+    pairs: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
+        (one.routes, other.routes),
+        (one.neighbours, other.neighbours),
+        (one.forwarding, other.forwarding),
+    ]
+    return sum(len({key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}) for a, b in pairs)
 
 
 @dataclass(frozen=True, slots=True)

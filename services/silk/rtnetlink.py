@@ -7,12 +7,12 @@ socket that carries the message. Nothing here does any I/O.
 import socket
 import struct
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from services.silk.netlink import CREATE, EXCLUSIVE, REPLACE, Message, attribute
 
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
-NEWADDR, GETADDR = 20, 22
+NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWNEIGH, DELNEIGH, GETNEIGH = 28, 29, 30
 
@@ -20,6 +20,7 @@ UP, NOARP = 0x1, 0x80
 PERMANENT = 0x80
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 PROTOCOL_BOOT = 3
+_PROTOCOL_KERNEL = 2
 PROTOCOL_SILK = 83
 """The routing protocol number that marks routes and neighbours as ours; unassigned in linux/rtnetlink.h."""
 
@@ -114,6 +115,10 @@ def veths() -> tuple[int, bytes, int]:
     return GETLINK, _LINK.pack(0, 0, 0, 0, 0, 0) + attribute(_IFLA_EXT_MASK, _INT.pack(_SKIP_STATISTICS)) + kind, 16
 
 
+def all_links() -> tuple[int, bytes, int]:
+    return GETLINK, _LINK.pack(0, 0, 0, 0, 0, 0) + attribute(_IFLA_EXT_MASK, _INT.pack(_SKIP_STATISTICS)), 16
+
+
 def read_link(header: bytes, values: dict[int, bytes]) -> Link:
     _, _, _, index, flags, _ = _LINK.unpack(header)
     return Link(
@@ -148,6 +153,12 @@ def read_address(header: bytes, values: dict[int, bytes]) -> tuple[int, IPv4Addr
     """(index of its link, address)."""
     local = values.get(_IFA_LOCAL) or values[_IFA_ADDRESS]
     return _ADDRESS.unpack(header)[4], IPv4Address(local)
+
+
+def read_prefix(header: bytes, values: dict[int, bytes]) -> tuple[int, IPv4Interface]:
+    """(index of its link, address with the length of its network's prefix)."""
+    _, length, _, _, index = _ADDRESS.unpack(header)
+    return index, IPv4Interface((values.get(_IFA_LOCAL) or values[_IFA_ADDRESS], length))
 
 
 # Routes
@@ -193,6 +204,44 @@ def delete_route(prefix: IPv4Network, gateway: IPv4Address, index: int) -> Messa
 
 def routes() -> tuple[int, bytes, int]:
     return GETROUTE, _ROUTE.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0), 12
+
+
+def link_route(address: IPv4Address, index: int, source: IPv4Address) -> Message:
+    """The route that the kernel makes itself with the address of a container's link."""
+    values = ((_RTA_OIF, _INT.pack(index)), (_RTA_PREFSRC, source.packed))
+    payload = _route(IPv4Network(address), _PROTOCOL_KERNEL, SCOPE_LINK, _UNICAST, 0, *values)
+    return Message(NEWROUTE, CREATE | REPLACE, payload, f"setting route {address} on link {index}")
+
+
+def read_link_route(header: bytes, values: dict[int, bytes]) -> tuple[int, IPv4Address] | None:
+    """(index of the link, address) of a route to one address, directly on a link."""
+    _, length, _, _, table, _, _, kind, _ = _ROUTE.unpack(header)
+    if length != 32 or table != _MAIN_TABLE or kind != _UNICAST or _RTA_GATEWAY in values:
+        return None
+    return _INT.unpack(values.get(_RTA_OIF, bytes(4)))[0], IPv4Address(values[_RTA_DST])
+
+
+@dataclass(frozen=True, slots=True)
+class AnyRoute:
+    """A route of the main table, whoever's; `direct` if to a network that the link is on."""
+
+    prefix: IPv4Network
+    index: int
+    direct: bool
+    ours: bool
+
+
+def read_any_route(header: bytes, values: dict[int, bytes]) -> AnyRoute | None:
+    """A route, if it is in the main table."""
+    _, length, _, _, table, protocol, _, kind, _ = _ROUTE.unpack(header)
+    if table != _MAIN_TABLE:
+        return None
+    return AnyRoute(
+        prefix=IPv4Network((values.get(_RTA_DST, bytes(4)), length)),
+        index=_INT.unpack(values.get(_RTA_OIF, bytes(4)))[0],
+        direct=kind == _UNICAST and _RTA_GATEWAY not in values,
+        ours=protocol == PROTOCOL_SILK,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ class TestCell:
         self.take_up()
 
     def converge(self, leases: list[Lease], *, delete: bool = True, sweep: bool = False) -> tuple[int, int]:
-        wanted = desired(self.lease, OVERLAY, leases)
+        wanted = desired(self.lease, (OVERLAY,), leases)
         result = self.run(lambda: self.network.converge(wanted, delete=delete, sweep=sweep))
         return result.changed, result.failed
 

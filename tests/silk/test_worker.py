@@ -251,14 +251,9 @@ async def test_a_lost_lease_is_not_used(start: Start, tmp_path: Path) -> None:
 
 
 async def test_killed_after_the_commit_the_cell_gets_that_lease(start: Start) -> None:
-    centre, (worker,) = start()
-    await worker.ready()
-    worker.process.stop()
-    lease = worker.cell.settings.state_dir / "silk" / "lease.json"
-    lease.unlink()
-    centre.controller.stop()
+    centre, (worker,) = start(centre_up=False)
+    centre.nats.start()
     centre.controller.start(failpoints="silk.lease.after-commit=kill")
-    worker.process.start()
     assert await asyncio.to_thread(centre.controller.wait) == -signal.SIGKILL
     centre.controller.start()
     await worker.until(lambda answer: isinstance(answer, dict) and answer["overlay_subnet"] == "10.255.1.0/24")

@@ -1,0 +1,85 @@
+"""Keeping what the worker made in the kernel as it made it, whatever others do there.
+
+The watch tells what to look at, the kernel thread looks and mends, and the entries for other cells are left to those
+who know what they must be (`sweep`). Everything is looked at now and then all the same: an underlay address that came
+back, say, is told in a way that nobody listens for.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from prometheus_client import Counter
+from tenacity import AsyncRetrying
+
+from bus.log import about
+from bus.process import KernelThread
+from services.silk.network import CellNetwork
+from services.silk.watch import Noticed, Watch
+
+log = logging.getLogger(__name__)
+
+LOOK_INTERVAL = 60.0
+SETTLE = 0.05
+"""Seconds to wait for the rest after a first notice: deleting a device tells of each of its entries."""
+REST = 0.2
+"""Seconds between two looks, so that somebody who insists costs little."""
+
+REPAIRS = Counter("silkbus_silk_repairs_total", "Things in the kernel that others had changed and were put right")
+
+
+class Mender:
+    """Looks when there is reason to, and now and then. `sweep` is called when the entries for other cells need it."""
+
+    def __init__(
+        self,
+        network: CellNetwork,
+        kernel: KernelThread,
+        sweep: Callable[[], None],
+        retrying: Callable[[], AsyncRetrying],
+    ) -> None:
+        self._network = network
+        self._kernel = kernel
+        self._sweep = sweep
+        self._retrying = retrying
+        self._wake = asyncio.Event()
+        self.problem: str | None = None
+
+    async def run(self) -> None:
+        """Run for ever."""
+        watch = await self._kernel.run(self._network.watch)
+        loop = asyncio.get_running_loop()
+        try:
+            loop.add_reader(watch.fileno(), lambda: self._wake.set() if watch.read() else None)
+            while True:
+                noticed = await self._next(watch)
+                async for attempt in self._retrying():
+                    with attempt:
+                        await self._look(noticed)
+                await asyncio.sleep(REST)
+        finally:
+            loop.remove_reader(watch.fileno())
+            watch.close()
+
+    async def _next(self, watch: Watch) -> Noticed:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_INTERVAL):
+                await self._wake.wait()
+            await asyncio.sleep(SETTLE)
+            self._wake.clear()
+            return watch.take()
+        return Noticed(all=True)
+
+    async def _look(self, noticed: Noticed) -> None:
+        try:
+            found = await self._kernel.run(self._network.inspect, noticed)
+        except Exception as error:
+            self.problem = str(error)
+            raise
+        self.problem = None
+        if found.mended:
+            REPAIRS.inc(len(found.mended))
+            log.warning("somebody else changed what is ours: mended", extra=about(mended=found.mended))
+        if found.sweep:
+            self._sweep()
