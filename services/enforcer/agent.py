@@ -14,14 +14,20 @@ from bus.connection import connect
 from bus.decode import Fields, Malformed
 from bus.local import Health, application, json_body, serving_privately
 from bus.log import about
-from bus.messages import Container, Handle, Revision, Stage
+from bus.messages import Container, Handle, Revision, Stage, cell_name
 from bus.process import KernelThread, run
 from bus.records import Records
 from bus.settings import from_command_line
-from bus.tables import LEASES, POLICIES, Replica
+from bus.tables import LEASES, POLICIES, SECURITY_GROUPS, Replica
+from services.enforcer import following
+from services.enforcer.denied import DeniedEvents
+from services.enforcer.explain import Explainer
+from services.enforcer.explain_door import ExplainApi, ExplainOnBus
+from services.enforcer.logging_door import LoggingApi
 from services.enforcer.reconciler import NotReady, Reconciler
 from services.enforcer.report import Reporter
 from services.enforcer.settings import EnforcerSettings
+from services.enforcer.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +46,10 @@ def enforceable(container: Container) -> Container:
 class Api:
     """What the enforcer answers on its socket (docs/design.md, interfaces)."""
 
-    def __init__(self, reconciler: Reconciler, table: Callable[[], str]) -> None:
+    def __init__(self, reconciler: Reconciler, table: Callable[[], str], groups: Callable[[], str]) -> None:
         self._reconciler = reconciler
         self._table = table
+        self._groups = groups
         self.instance = secrets.token_hex(8)
 
     def routes(self) -> list[Route]:
@@ -75,6 +82,8 @@ class Api:
                 "containers": reconciler.containers,
                 "applied_at": reconciler.applied_at.isoformat() if reconciler.applied_at else None,
                 "problem": reconciler.problem,
+                "faults": reconciler.faults,
+                "security_groups": self._groups(),
             }
         )
 
@@ -115,21 +124,33 @@ async def serve(settings: EnforcerSettings) -> None:
         ) as connection:
             policies = Replica(connection, POLICIES, cache=settings.cache("policies", "enforcer"))
             leases = Replica(connection, LEASES, cache=settings.cache("leases", "enforcer"))
+            groups = Replica(connection, SECURITY_GROUPS, cache=settings.cache("security_groups", "enforcer"))
             policies.listen(reconciler.update_policies)
             leases.listen(reconciler.update_leases)
             reporter = Reporter(connection, settings.cell, policies, reconciler)
             health = Health()
             health.check("kernel", lambda: reconciler.problem)
-            api = Api(reconciler, lambda: str(policies.state))
-            app = application(api.routes(), health)
+            api = Api(reconciler, lambda: str(policies.state), lambda: str(groups.state))
+            explainer = Explainer(reconciler, kernel, settings.cell)
+            await ExplainOnBus(connection, explainer, settings.cell).listen()
+            events = DeniedEvents(connection, cell_name(settings.cell), settings.denied_events_per_sec)
+            traffic = Traffic(settings, reconciler.model, kernel, events)
+            doors = (api, ExplainApi(explainer, settings.cell), LoggingApi(reconciler))
+            app = application([route for door in doors for route in door.routes()], health)
             async with (
                 asyncio.TaskGroup() as tasks,
                 serving_privately(app, settings.socket("enforcer")),
             ):
-                for work in (policies.run(), leases.run(), reconciler.run(), reporter.run()):
+                for work in (policies.run(), leases.run(), reconciler.run(), reporter.run(), traffic.run()):
                     tasks.create_task(work)
+                if settings.dynamic_security_groups:
+                    groups.listen(reconciler.update_security_groups)
+                    tasks.create_task(groups.run())
                 await policies.usable()
                 await leases.usable()
+                if settings.dynamic_security_groups:
+                    await following.first(groups, reconciler)
+                    tasks.create_task(following.follow(groups, reconciler))
                 log.info("in sync", extra=about(policies=str(policies.state), leases=str(leases.state)))
                 reconciler.begin()
                 await asyncio.Event().wait()

@@ -13,10 +13,13 @@ from pathlib import Path
 
 from bus.failpoints import failpoint
 from bus.log import about
-from services.enforcer.desired import PEER_SET, TAG_SET, Plan, family_of, fence, static_v6
+from services.enforcer.desired import Plan, family_of
 from services.enforcer.drift import CountingWatch, GenerationWatch, Pictures, Table, Watch
+from services.enforcer.fixed import PEER_SET, TAG_SET, fence, static_v6
 from services.enforcer.flows import Flows, Swept
+from services.enforcer.guests import adopt
 from services.enforcer.iptables import Edit, Family, Iptables, detect, difference, loaded
+from services.enforcer.isolation import Isolation, Part
 from services.enforcer.rules import TABLES, ChainId, Chains
 from services.enforcer.sets import AddressSet
 from services.enforcer.settings import EnforcerSettings, Kind
@@ -34,6 +37,10 @@ class Applied:
     members: int
     swept: Swept
     seconds: float
+    refused: Mapping[Part, str]
+    """What the kernel does not take, and is left out."""
+    guests: Mapping[str, str | None]
+    """The plan's containers of other plugins: handle -> why its link cannot be told, None if it can."""
 
 
 class Dataplane:
@@ -55,6 +62,7 @@ class Dataplane:
         # A kernel without IPv6 has no such tables either, nor anything to refuse.
         self._v6 = Iptables(self.kind, "ip6") if Path("/proc/thread-self/net/if_inet6").exists() else None
         self._watch: Watch = GenerationWatch() if self.kind == "nft" else CountingWatch()
+        self._isolation = Isolation(self._v4, self._read, lambda transactions: self._watch.wrote(transactions))
         self._flows = Flows()
         self.refresh()
         missing = {
@@ -71,6 +79,9 @@ class Dataplane:
         self._peers.open()
         if not self._watch.doubtful(self._pictures()):
             return
+        self._read()
+
+    def _read(self) -> None:
         self._watch.begin(self._tables())
         self._v4.read()
         if self._v6 is not None:
@@ -106,7 +117,10 @@ class Dataplane:
         Raises IptablesError, IpsetError or OSError; then `refresh` and apply a complete plan.
         """
         began = time.monotonic()
+        guests = adopt(plan.guests, self._settings.link_prefix, self._settings.vtep_name, plan.underlay)
         members = self._apply_sets(plan)
+        if plan.complete:
+            self._isolation.retry()
         chains = self._write(plan.chains)
         self._note_unwanted(plan)
         swept = Swept()
@@ -119,7 +133,7 @@ class Dataplane:
         self._flows.forget(plan.released)
         if chains or plan.flows or plan.released:
             failpoint("enforcer.after-cut")
-        return Applied(chains, members, swept, time.monotonic() - began)
+        return Applied(chains, members, swept, time.monotonic() - began, dict(self._isolation.refused), guests)
 
     def settle(self, namespaces: Mapping[IPv4Address, str]) -> Swept:
         """What is better done a moment after applies, once for several: the second look at the flows that may be cut,
@@ -139,22 +153,20 @@ class Dataplane:
 
     def _write(self, chains: Chains) -> int:
         """Write what differs; how many chains did."""
-        edit = difference(self._v4.picture, chains)
         # IPv6 has nothing that changes: it is compared whenever the fixed chains of IPv4 are.
         edit6 = Edit({}, {})
         if self._v6 is not None and any(not chain.ours for chain in chains):
             edit6 = difference(self._v6.picture, static_v6(self._settings))
-        if edit or edit6:
-            failpoint("enforcer.before-apply")
-        if edit:
-            self._v4.write(edit)
-            self._watch.wrote(len(edit.lines))
+        edit = self._isolation.edit(chains)
+        if not edit and not edit6:
+            return 0
+        failpoint("enforcer.before-apply")
+        changed = self._isolation.write(edit, chains)
         if edit6 and self._v6 is not None:
             self._v6.write(edit6)
             self._watch.wrote(len(edit6.lines))
-        if edit or edit6:
-            failpoint("enforcer.after-apply")
-        return len(edit.chains) + len(edit6.chains)
+        failpoint("enforcer.after-apply")
+        return changed + len(edit6.chains)
 
     def _note_unwanted(self, plan: Plan) -> None:
         own = self._v4.picture.own

@@ -10,17 +10,13 @@ from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network
 
 from bus.messages import AppId, Handle, Ports, Protocol, Revision, Tag
-from services.enforcer.egress import SHARED, egress_chains
-from services.enforcer.fixed import PEER_SET as PEER_SET
-from services.enforcer.fixed import TAG_SET as TAG_SET
+from services.enforcer.egress import SHARED, egress_chains, list_chain, reach_chain, source_chain
 from services.enforcer.fixed import TO, dispatching, static
-from services.enforcer.fixed import fence as fence
-from services.enforcer.fixed import static_v6 as static_v6
-from services.enforcer.forwarding import FORWARDS, forwarding_chains, translations
+from services.enforcer.forwarding import FORWARDS, forwarding_chains, port_chain, translations
 from services.enforcer.model import INGRESS_ROUTER, Model, Touched
 from services.enforcer.rules import ChainId, Chains, Rule, Rules, rule
 from services.enforcer.settings import EnforcerSettings
-from services.enforcer.tree import Sources, allowing, app_chains
+from services.enforcer.tree import Sources, allowing, app_chains, group_of
 
 _SHARED = (*SHARED, FORWARDS)
 
@@ -182,6 +178,23 @@ def _at(address: IPv4Address, allowed: Rule) -> Rule:
 def dispatch(groups: set[IPv4Network]) -> Rules:
     """From the destination's address to the chain of its /28."""
     return dispatching(tuple(rule(f"-d {group}", to=_group_name(group)) for group in sorted(groups)))
+
+
+def concerned(model: Model, chain: str) -> list[str]:
+    """Whom it concerns when a chain, or a rule of it, is not in the kernel: security groups and containers, by name."""
+    names = [f"security group {name!r}" for name in model.security_groups.named(chain.removeprefix("sb-s-"))]
+    for container in model.owners():
+        reach = model.security_groups.reach(container)
+        chains = {reach_chain(reach), *(list_chain(each) for each in reach.lists)}
+        if container.address is not None:
+            group = group_of(container.address)
+            chains |= {source_chain(group), _group_name(group)}
+        if container.app is not None:
+            chains.add(app_chain(container.app))
+        chains |= {port_chain(forward.protocol, forward.host_port) for forward in container.forwards}
+        if any(chain == each or chain.startswith(f"{each}-") for each in chains):
+            names.append(f"container {container.handle!r}")
+    return names
 
 
 def allows(sources: Sources, tag: int, protocol: str, port: int) -> bool:

@@ -54,7 +54,7 @@ def forwarding_chains(forwards: Mapping[At, Target]) -> dict[ChainId, Rules]:
     blocks: defaultdict[str, defaultdict[str, list[Rule]]] = defaultdict(lambda: defaultdict(list))
     tops: dict[tuple[IPv4Address, str], Rule] = {}
     for at in sorted(forwards):
-        block = f"sb-p-{at.protocol}{at.port >> 8:02x}"
+        block = port_chain(at.protocol, at.port)
         blocks[block][f"{block}-{at.port >> 4 & 0xF:x}"].append(_forward(at, forwards[at]))
         tops[at.address, block] = rule(f"-d {at.address}/32", _ports(at, 8), to=block)
     chains: dict[ChainId, Rules] = {NAT: tuple(tops[key] for key in sorted(tops))}
@@ -66,6 +66,11 @@ def forwarding_chains(forwards: Mapping[At, Target]) -> dict[ChainId, Rules]:
             rule(_span(protocol, high + (int(leaf[-1], 16) << 4), 4), to=leaf) for leaf in leaves
         )
     return chains
+
+
+def port_chain(protocol: Protocol, port: int) -> str:
+    """The first of the chains that have this port."""
+    return f"{FORWARDS}-{protocol}{port >> 8:02x}"
 
 
 def _ports(at: At, bits: int) -> str:

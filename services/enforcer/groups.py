@@ -46,7 +46,7 @@ class Reach:
     """Where a container may go: the lists that allow it, and the kind of workload whose deny networks it has."""
 
     denied: Workload | None = None
-    """RUNNING stands for apps and tasks as APP; None for other workloads."""
+    """Tasks count as apps; None for other workloads."""
     lists: tuple[RuleList, ...] = ()
 
     def __bool__(self) -> bool:
@@ -61,12 +61,9 @@ class Groups:
         """Whether the table's content counts: it is known, and groups are followed."""
         self._lists: dict[GroupId, RuleList] = {}
         self._groups: dict[GroupId, SecurityGroup] = {}
+        # Both by whether they are for staging, or for running.
         self._defaults: dict[bool, set[GroupId]] = {True: set(), False: set()}
-        self._bound: dict[bool, defaultdict[SpaceId, set[GroupId]]] = {
-            True: defaultdict(set),
-            False: defaultdict(set),
-        }
-        # By staging or not, both.
+        self._bound: dict[bool, defaultdict[SpaceId, set[GroupId]]] = {True: defaultdict(set), False: defaultdict(set)}
 
     def update(self, update: Update[SecurityGroup]) -> None:
         """Take one revision of the table."""
@@ -101,6 +98,10 @@ class Groups:
         staging = container.workload is Workload.STAGING
         guids = self._defaults[staging] | self._bound[staging].get(container.space, set())
         return tuple(self._groups[guid] for guid in sorted(guids))
+
+    def named(self, digest: str) -> list[str]:
+        """The names of the groups that have this list of rules."""
+        return sorted(self._groups[guid].name for guid, rules in self._lists.items() if rules.digest == digest)
 
     def reach(self, container: Container) -> Reach:
         """Where a container may go off the overlay."""

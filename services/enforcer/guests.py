@@ -31,8 +31,10 @@ class NoGuest(Exception):
     """The link of a container cannot be told. The text says why, and what to do."""
 
 
-def adopt(guests: Mapping[Handle, IPv4Address], prefix: str, vtep: str, underlay: IPv4Address | None) -> dict[str, str]:
-    """Put the links of these containers into the group; those that cannot be: handle -> what is wrong.
+def adopt(
+    guests: Mapping[Handle, IPv4Address], prefix: str, vtep: str, underlay: IPv4Address | None
+) -> dict[str, str | None]:
+    """Put the links of these containers into the group: handle -> why that cannot be, or None.
 
     Links that begin with `prefix` need none. The devices that lead to the world (the VTEP, that of a default route,
     that with the `underlay` address) are never taken for a container's: the fence would cut the host off. Raises
@@ -40,12 +42,13 @@ def adopt(guests: Mapping[Handle, IPv4Address], prefix: str, vtep: str, underlay
     """
     if not guests:
         return {}
-    problems = {}
+    problems: dict[str, str | None] = {}
     with IPRoute() as netlink:
         uplinks = _uplinks(netlink, underlay)
         for handle, address in guests.items():
             try:
                 _adopt(netlink, address, prefix, vtep, uplinks)
+                problems[str(handle)] = None
             except NoGuest as problem:
                 problems[str(handle)] = f"container {handle!r} at {address}: {problem}"
     return problems

@@ -30,10 +30,20 @@ Family = Literal["ip", "ip6"]
 
 _HASH = re.compile(r' --comment "?sb:([0-9a-f]{12})"?(?: |$)')
 _FOREIGN = ""
+_RESOURCE_PROBLEM = 4
+"""The exit code of iptables when it got no lock, or the kernel had no time or memory (xtables.h)."""
 
 
 class IptablesError(Exception):
-    """iptables did not do as told. The text has its words, and the line it refused."""
+    """iptables did not do as told. The text has its words, and the line it refused.
+
+    `refusal`: it, or the kernel, did not take a rule; `rule` is its chain and hash, where it says which.
+    """
+
+    def __init__(self, text: str, *, refusal: bool = False, rule: tuple[ChainId, str] | None = None) -> None:
+        super().__init__(text)
+        self.refusal = refusal
+        self.rule = rule
 
 
 @dataclass(slots=True)
@@ -137,11 +147,7 @@ class Iptables:
         except subprocess.TimeoutExpired:
             raise IptablesError(f"{command}: no answer within {TIMEOUT:g} s") from None
         if done.returncode != 0:
-            words = done.stderr.strip()
-            refused = re.search(r"line:? (\d+)", words)
-            lines = (text or "").splitlines()
-            culprit = f": {lines[int(refused[1]) - 1]}" if refused and 0 < int(refused[1]) <= len(lines) else ""
-            raise IptablesError(f"{command}: exit {done.returncode}: {words}{culprit}")
+            raise _error(command, done.returncode, done.stderr.strip(), (text or "").splitlines())
         return done.stdout
 
     def read(self, tables: Iterable[str] = TABLES) -> None:
@@ -201,6 +207,20 @@ class Iptables:
         self.picture.jumps.clear()
         self.delete(tuple(self.picture.own))
         return removed
+
+
+def _error(command: str, code: int, words: str, lines: list[str]) -> IptablesError:
+    """What went wrong, and with which line. A code of 4 is about resources (the lock), not about what was asked."""
+    named = re.search(r"line:? (\d+)", words)
+    number = int(named[1]) if named else 0
+    line = lines[number - 1] if 0 < number <= len(lines) else ""
+    found = _HASH.search(line)
+    rule = None
+    if found and line.startswith("-A "):
+        table = next(above[1:] for above in reversed(lines[:number]) if above.startswith("*"))
+        rule = ChainId(table, line.split()[1]), found[1]
+    culprit = f": {line}" if line else ""
+    return IptablesError(f"{command}: exit {code}: {words}{culprit}", refusal=code != _RESOURCE_PROBLEM, rule=rule)
 
 
 def loaded(kind: Kind, family: Family = "ip") -> tuple[str, ...]:

@@ -89,9 +89,8 @@ class Model:
 
     def use_security_groups(self, used: bool) -> None:
         """Whether what the table says counts."""
-        if self.security_groups.used != used:
-            self.security_groups.used = used
-            self.touched.egress = True
+        self.security_groups.used = used
+        self.touched.egress = True
 
     def admit(self, container: Container) -> None:
         """A container is here, or is another than it was. It must have an address."""

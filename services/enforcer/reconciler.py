@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,13 +23,14 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from bus.failpoints import FailpointError
 from bus.log import about
-from bus.messages import Container, Handle, Lease, Ports, Revision, Tag
+from bus.messages import Container, Handle, Lease, Ports, Revision, SecurityGroup, Tag
 from bus.process import KernelThread
 from bus.tables import Update
 from services.enforcer.dataplane import Applied, Dataplane
-from services.enforcer.desired import plan
+from services.enforcer.desired import concerned, plan
 from services.enforcer.flows import Swept
 from services.enforcer.iptables import IptablesError
+from services.enforcer.isolation import Part
 from services.enforcer.model import Model
 from services.enforcer.sets import IpsetError
 from services.enforcer.settings import EnforcerSettings, Kind
@@ -85,6 +86,8 @@ class Reconciler:
         self.applied_at: datetime | None = None
         self.problem: str | None = "the tables are not usable yet"
         self._watchers: list[Callable[[], None]] = []
+        self._refused: Mapping[Part, str] = {}
+        self._unfenced: dict[str, str] = {}
 
     async def open(self) -> None:
         """Put the fence up. Raises what the dataplane raises: without a fence there is no enforcer."""
@@ -94,6 +97,16 @@ class Reconciler:
     @property
     def containers(self) -> int:
         return len(self._model.containers)
+
+    @property
+    def faults(self) -> list[str]:
+        """What is not enforced as it should be, though the rest is: what that is, whom it concerns, and why."""
+        left_out = [
+            f"chain {part.chain.name} ({', '.join(concerned(self._model, part.chain.name)) or 'nobody now'}):"
+            f" refused by the kernel, left out: {error}"
+            for part, error in self._refused.items()
+        ]
+        return left_out + [text for handle, text in self._unfenced.items() if Handle(handle) in self._model.containers]
 
     @property
     def model(self) -> Model:
@@ -124,6 +137,17 @@ class Reconciler:
         self._model.update_leases(update)
         self._wake.set()
 
+    def update_security_groups(self, update: Update[SecurityGroup]) -> None:
+        self._model.update_security_groups(update)
+        self._wake.set()
+
+    def use_security_groups(self, used: bool) -> None:
+        """Whether the table of security groups counts: else, what containers were given when they were made."""
+        if self._model.security_groups.used != used:
+            self._model.use_security_groups(used)
+            self._wake.set()
+            log.info("security groups", extra=about(used="table" if used else "containers' own"))
+
     def restore(self, containers: list[Container]) -> None:
         """Take the containers that the cell's records name, at start."""
         for container in containers:
@@ -139,7 +163,10 @@ class Reconciler:
         """Enforce for a container that has an address; returns once the kernel does. Raises NotReady."""
         await self._until_usable()
         self._model.admit(container)
-        return await self._applied()
+        revision = await self._applied()
+        if container.handle in self._unfenced:
+            raise NotReady(self._unfenced[container.handle])
+        return revision
 
     async def forget(self, handle: Handle) -> Revision:
         """Take a container's rules and flows away; returns once they are gone. Raises NotReady."""
@@ -303,10 +330,20 @@ class Reconciler:
                 waiter.set_result(self.revision)
         self._tell()
 
+    def _note_faults(self, applied: Applied) -> None:
+        self._refused = applied.refused
+        for handle, why in applied.guests.items():
+            if why is None:
+                self._unfenced.pop(handle, None)
+            elif self._unfenced.get(handle) != why:
+                log.error("a container cannot be enforced", extra=about(handle=handle, error=why))
+                self._unfenced[handle] = why
+
     def _note(self, applied: Applied, revision: Revision, *, drift: bool) -> None:
         self.revision = revision
         REVISION.set(revision)
         RULES.set(self._dataplane.rules)
+        self._note_faults(applied)
         changed = applied.chains + applied.members
         if changed or applied.swept != Swept():
             self._settle_at = min(self._settle_at, time.monotonic() + SETTLE_AFTER)
