@@ -20,7 +20,7 @@ from bus.log import about
 from bus.messages import AppId, CellName, Container, Protocol, Revision, Tag
 from bus.process import KernelThread
 from services.enforcer.desired import plan
-from services.enforcer.egress import DENIED, SHARED
+from services.enforcer.egress import DENIED, list_chain
 from services.enforcer.fixed import TAG_SET, static
 from services.enforcer.groups import RuleList
 from services.enforcer.kernel_view import CannotLook, Held, held, marks
@@ -339,8 +339,8 @@ class _Asked:
             )
         groups = self._model.security_groups.of(container)
         if verdict is Verdict.PASSES:
-            digest = "" if made.chain is None else made.chain.name.removeprefix(f"{SHARED[1]}-")
-            names = [group.name for group in groups if RuleList.of(group.rules).digest == digest]
+            chain = "" if made.chain is None else made.chain.name
+            names = [group.name for group in groups if list_chain(RuleList.of(group.rules)) == chain]
             if names:
                 return f"security group {' and '.join(names)} lets it out by {made.packet.out}"
             return f"what the container's runtime opened for it lets it out by {made.packet.out}"

@@ -1,8 +1,6 @@
 """Explaining flows on a cell: what it says is what packets meet, and it notices when the kernel is not as wanted."""
 
 import asyncio
-import socket
-from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Any
@@ -10,12 +8,13 @@ from typing import Any
 import pytest
 
 from bus.explaining import CellAnswer, Instance, Outcome, Question, Verdict
-from bus.messages import AppId, Container, Protocol, SecurityGroup, Workload
+from bus.messages import AppId, Protocol, SecurityGroup, Workload
 from bus.security_groups import AddressRange, EgressProtocol, EgressRule, GroupId, SpaceId
 from bus.tables import Update
+from bus.wire import decode, encode
 from services.enforcer.explain import CannotExplain, Explainer, Flow
 from tests.enforcer.conftest import Enforcer, enforcing, tags, tcp, udp
-from tests.enforcer.world import Box, Cell, Namespace, inside
+from tests.enforcer.world import Box, Cell
 
 pytestmark = pytest.mark.kernel
 
@@ -85,7 +84,9 @@ async def test_where_the_kernel_is_other_it_says_so(cell: Cell, kind: str) -> No
         async with stopped(enforcer):
             await differs(f"iptables-{kind} -F {chain}", f"filter {chain}: 1 of 1 rules are missing")
             await enforcer_mends(enforcer)
-            await differs(f"iptables-{kind} -I {chain} -j DROP", f"filter {chain}: 0 of 1 rules are missing, 1 are there")
+            await differs(
+                f"iptables-{kind} -I {chain} -j DROP", f"filter {chain}: 0 of 1 rules are missing, 1 are there"
+            )
             await enforcer_mends(enforcer)
             await differs(f"iptables-{kind} -I FORWARD -j ACCEPT", "filter FORWARD: ")
             await enforcer_mends(enforcer)
@@ -154,8 +155,7 @@ async def test_what_it_says_is_what_packets_meet(two_cells: list[Cell], kind: st
 async def test_off_the_overlay_the_group_or_the_denied_network_is_named(cell: Cell, kind: str) -> None:
     web = cell.box("web")
     web.container = replace(web.container, workload=Workload.APP, space=SpaceId("s"))
-    world = ("203.0.113.1", "203.0.113.9", "198.51.100.1")
-    cell.ip(*(f"addr add {address}/32 dev lo" for address in world[:0]), "route add default dev under")
+    cell.ip("route add default dev under")
     group = SecurityGroup(
         GroupId("g"),
         "public",
@@ -207,7 +207,7 @@ async def test_a_probe_meets_what_a_container_would(cell: Cell, kind: str) -> No
     db.serve(8080)
     known = {**tags(web=5, db=6), ("policy", "db", "web"): (tcp(8080),)}
     async with enforcing(cell, kind, known=known) as enforcer:
-        targets = (db.address, closed.address, here_is_nobody := cell.subnet[200])
+        targets = (db.address, closed.address, cell.subnet[200])
 
         async def ask(port: int, protocol: Protocol = Protocol.TCP) -> list[Outcome]:
             question = Question("id", AppId("web"), AppId("db"), protocol, port, targets)
@@ -222,11 +222,9 @@ async def test_a_probe_meets_what_a_container_would(cell: Cell, kind: str) -> No
         assert opened[:2] == [Outcome.CONNECTED, Outcome.REFUSED]
         assert opened[2] in (Outcome.REFUSED, Outcome.TIMEOUT, Outcome.UNREACHABLE)
         assert (await ask(8081))[:2] == [Outcome.REFUSED, Outcome.REFUSED]
-        assert (await ask(8080, Protocol.UDP))[0] is Outcome.REFUSED
-        assert here_is_nobody
+        # The kernel says no more than some times a second that something is refused (icmp(7), icmp_ratelimit).
+        assert (await ask(8080, Protocol.UDP))[0] in (Outcome.REFUSED, Outcome.SENT)
 
 
 def fields(answer: CellAnswer) -> Any:
-    from bus.wire import decode, encode
-
     return decode(encode(answer.encode()), "answer")
