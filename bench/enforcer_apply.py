@@ -43,7 +43,8 @@ async def measure(namespace: str, arguments: argparse.Namespace) -> None:
     apps = [AppId(f"app-{n}") for n in range(arguments.containers)]
     first = int(IPv4Address("10.255.1.2"))
     containers = [
-        Container(Handle(f"handle-{n}"), "", Stage.READY, app, IPv4Address(first + n)) for n, app in enumerate(apps)
+        Container(Handle(f"handle-{n}"), "", Stage.READY, app, IPv4Address(first + n), f"s-{n}")
+        for n, app in enumerate(apps)
     ]
     chance = random.Random(1)  # noqa: S311 (the same policies each time)
     pairs: set[tuple[AppId, AppId]] = set()
@@ -85,7 +86,7 @@ async def measure(namespace: str, arguments: argparse.Namespace) -> None:
 
 def _moved(container: Container, n: int) -> Container:
     assert container.address is not None  # noqa: S101
-    return Container(Handle(f"new-{n}"), "", Stage.READY, container.app, container.address + 1000 + n)
+    return Container(Handle(f"new-{n}"), "", Stage.READY, container.app, container.address + 1000 + n, f"s-n{n}")
 
 
 def main() -> None:

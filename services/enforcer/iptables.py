@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from bus.log import about
+from services.enforcer.in_process import InProcess
 from services.enforcer.rules import PREFIX, TABLES, ChainId, Chains
 from services.enforcer.settings import Kind
 
@@ -132,6 +133,7 @@ class Iptables:
         self.kind = kind
         self.family = family
         self.picture = Picture()
+        self._in_process = InProcess() if (kind, family) == ("legacy", "ip") else None
 
     def _run(self, program: str, *arguments: str, text: str | None = None) -> str:
         command = f"{self.family}tables-{self.kind}-{program}"
@@ -159,7 +161,8 @@ class Iptables:
 
     def write(self, edit: Edit) -> None:
         """Make an edit of this picture, and note it there. Raises IptablesError; then the picture must be read."""
-        self._run("restore", "--noflush", "-w", str(LOCK_WAIT), text=edit.text)
+        if self._in_process is None or not self._in_process.write(self.picture.own, edit.chains):
+            self._run("restore", "--noflush", "-w", str(LOCK_WAIT), text=edit.text)
         for chain, rules in edit.chains.items():
             hashes = tuple(rule.hash for rule in rules)
             if chain.ours:
