@@ -16,7 +16,7 @@ from typing import NamedTuple
 from prometheus_client import Gauge
 
 from bus.log import about
-from services.enforcer.iptables import Edit, Iptables, IptablesError, difference
+from services.enforcer.iptables import Edit, Iptables, IptablesError, Picture, difference
 from services.enforcer.rules import ChainId, Chains, Rules
 
 log = logging.getLogger(__name__)
@@ -100,11 +100,20 @@ class Isolation:
                     raise
                 error = another
                 self._reread()
-        # Without all suspects first: if it is none of them, this raises.
         suspects = list(_parts(self.edit(chains).chains))
         pending = set(suspects)
-        changed = self._write(self._edit_but(chains, pending))
+        changed = self._write(self._without_any(chains, pending))
         return changed + self._settle(chains, suspects, pending)
+
+    def _without_any(self, chains: Chains, suspects: set[Part]) -> Edit:
+        """All that is wanted but the suspects. If that is refused, too, it is none of them: so chains of which nothing
+        else is to change are written again."""
+        left = _without(chains, {*self.refused, *suspects})
+        edit = difference(self._tables.picture, left)
+        if edit:
+            return edit
+        concerned = {part.chain for part in suspects}
+        return difference(Picture(), {chain: rules for chain, rules in left.items() if chain in concerned})
 
     def _edit_but(self, chains: Chains, pending: set[Part]) -> Edit:
         return difference(self._tables.picture, _without(chains, {*self.refused, *pending}))
@@ -120,10 +129,11 @@ class Isolation:
             if not error.refusal:
                 raise
             self._reread()
-            if len(parts) == 1:
-                self._refuse(parts[0], error)
-                return 0
+            failure = error
         pending |= set(parts)
+        if len(parts) == 1:
+            self._refuse(parts[0], failure)
+            return 0
         middle = len(parts) // 2
         return self._settle(chains, parts[:middle], pending) + self._settle(chains, parts[middle:], pending)
 
