@@ -74,8 +74,9 @@ class CloudController:
 
     def known(self, guids: Iterable[str]) -> dict[str, App]:
         wanted = list(dict.fromkeys(guids))
-        missing = [guid for guid in wanted if guid not in self._apps]
-        found = self._apps | self._placed(self._listed("apps", "guids", missing))
+        found = self._apps
+        if any(guid not in found for guid in wanted):
+            found = found | self._placed(self._listed("apps", "guids", wanted))
         return {guid: found.get(guid) or App(guid, guid) for guid in wanted}
 
     def _seen(self, app: App) -> App:

@@ -6,6 +6,7 @@ where there is a destination, so that only `--output` says there how to print; e
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from cli import arguments as command_line
@@ -92,7 +93,7 @@ def show(argv: list[str]) -> int:
         if arguments.output == "table":
             terminal.say(f"Listing network policies{of}{_place(session.org, session.space)}{_as(session)}...\n")
         guids = None if sources is None else [app.guid for app in sources]
-        rows = with_names(session, session.client.policies(sources=guids))
+        rows = with_names(session, session.client.policies(sources=guids), sources or [])
         header = ("source", "destination", "protocol", "ports", "destination space", "destination org")
         value = [as_value(*row) for row in rows]
         output.write(arguments.output, value, header, [_as_row(*row) for row in rows])
@@ -100,9 +101,15 @@ def show(argv: list[str]) -> int:
     return command_line.run(parser, argv, run)
 
 
-def with_names(session: Session, policies: list[Policy]) -> list[tuple[Policy, App, App]]:
-    """Each policy with its source and destination."""
-    apps = session.apps.known(guid for policy in policies for guid in (policy.source, policy.destination))
+def with_names(
+    session: Session, policies: Sequence[Policy], sources: Sequence[App] = ()
+) -> list[tuple[Policy, App, App]]:
+    """Each policy with its source, one of `sources` if they are known, and its destination."""
+    apps = {app.guid: app for app in sources}
+    ends = (guid for policy in policies for guid in (policy.source, policy.destination))
+    if apps:
+        ends = (policy.destination for policy in policies)
+    apps |= session.apps.known(ends)
     return [(policy, apps[policy.source], apps[policy.destination]) for policy in policies]
 
 
