@@ -121,9 +121,7 @@ async def test_single_addresses(make_store: MakeStore) -> None:
     store = make_store(SINGLE_NETWORK, length=30)
     given = [await store.acquire(*cell(number), Kind.SINGLE) for number in (1, 2, 3)]
     assert [str(each.result and each.result.subnet) for each in given] == [f"10.254.0.{n}/32" for n in (1, 2, 3)]
-    with pytest.raises(
-        Exhausted, match=r"no single address of 10\.254\.0\.0/29 is free: of 3 3 are leased"
-    ):
+    with pytest.raises(Exhausted, match=r"no single address of 10\.254\.0\.0/29 is free: of 3 3 are leased"):
         await store.acquire(*cell(4), Kind.SINGLE)
     assert str((await lease(store, 4)).subnet) == "10.254.0.4/30"
     with pytest.raises(Exhausted, match="of 1 1 are leased"):
