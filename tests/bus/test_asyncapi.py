@@ -21,6 +21,9 @@ from bus.connection import connect
 from bus.messages import CellName
 from bus.process import KernelThread
 from bus.tables import LEASES, POLICIES, SECURITY_GROUPS, Replica, Table
+from services.enforcer.denied import Denied, DeniedEvents
+from services.enforcer.explain import Explainer
+from services.enforcer.explain_door import ExplainOnBus
 from services.enforcer.reconciler import Reconciler
 from services.enforcer.report import Reporter
 from services.enforcer.settings import EnforcerSettings
@@ -36,6 +39,7 @@ from tests.policy.server import POLICIES as POLICIES_PATH
 from tests.policy.stubs import LOGIN, CloudControllerStub, Uaa, rule, security_group
 
 CHANNELS = asyncapi.channels()
+EXPLAIN = "/networking/v1/external/explain"
 OVERLAY = IPv4Network("10.255.0.0/22")
 """Room for the leases of three cells."""
 
@@ -101,6 +105,13 @@ async def use_policies(url: str) -> None:
                 except httpx.TransportError:
                     await asyncio.sleep(0.1)
         (await client.post(DELETE, json=some)).raise_for_status()
+        question = {"source": "a", "destination": "b", "protocol": "tcp", "port": "1"}
+        async with asyncio.timeout(30):
+            while True:  # until the leases are known, so that cells are asked
+                answer = await client.get(EXPLAIN, params=question)
+                if answer.raise_for_status().json()["cells"] is not None:
+                    return
+                await asyncio.sleep(0.1)
 
 
 async def use_leases(bus: NatsServer) -> None:
@@ -141,8 +152,16 @@ async def report(bus: NatsServer, folder: Path) -> None:
     settings = EnforcerSettings(cell="one", nats=bus.url, state_dir=folder, run_dir=folder)
     async with connect(bus.url, role="cell", name="one-enforcer") as connection, asyncio.TaskGroup() as tasks:
         replica = Replica(connection, POLICIES)
-        reporter = Reporter(connection, settings.cell, replica, Reconciler(settings, KernelThread("kernel")))
-        for work in (replica.run(), reporter.run()):
+        kernel = KernelThread("kernel")
+        reconciler = Reconciler(settings, kernel)
+        reporter = Reporter(connection, settings.cell, replica, reconciler)
+        explainer = Explainer(reconciler, kernel, settings.cell)
+        await ExplainOnBus(connection, explainer, settings.cell).listen()
+        events = DeniedEvents(connection, CellName(settings.cell), 1)
+        assert await connection.wait_connected(10)
+        for port in (1, 2):
+            events.add(Denied("10.255.1.2", "a", "8.8.8.8", None, "udp", port, "nothing"))
+        for work in (replica.run(), reporter.run(), events.run()):
             tasks.create_task(work)
 
 

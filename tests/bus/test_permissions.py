@@ -93,6 +93,7 @@ NOBODY_HEARS = [
     "silkbus.lease.cell-2.*",
     "silkbus.lease.cell-1.acquire",
     "silkbus.cell.cell-2.state",
+    "silkbus.cell.*.explained",
     "silkbus.event.>",
     "_R_.>",
     "$JS.>",
@@ -106,12 +107,15 @@ ONLY_THE_CENTRE_HEARS = ["silkbus.table.policies.fetch", "silkbus.table.leases.f
 
 async def test_a_stolen_cell_certificate_speaks_for_its_cell_alone(guarded: Guarded) -> None:
     others = ["silkbus.lease.cell-2.acquire", "silkbus.lease.cell-2.renew", "silkbus.lease.cell-2.release"]
-    others += ["silkbus.cell.cell-2.state", "silkbus.lease.cell-1", "silkbus.lease.cell-1.acquire.more", "$SRV.PING"]
+    others += ["silkbus.cell.cell-2.state", "silkbus.cell.cell-2.explained", "silkbus.cell.cell-2.denied"]
+    others += ["silkbus.ask.explain", "silkbus.lease.cell-1", "silkbus.lease.cell-1.acquire.more", "$SRV.PING"]
     async with thief(guarded, CELL, "cell-1") as cell:
         for subject in [*NOBODY_PUBLISHES, *ONLY_THE_CENTRE_PUBLISHES, *others]:
             assert not await cell.publishes(subject), subject
         for subject in ("silkbus.table.leases.fetch", "silkbus.lease.cell-1.acquire", "silkbus.cell.cell-1.state"):
             assert await cell.publishes(subject), subject
+        for topic in ("explained", "denied"):
+            assert await cell.publishes(f"silkbus.cell.cell-1.{topic}")
 
 
 async def test_a_stolen_cell_certificate_hears_tables_and_its_own_answers_alone(guarded: Guarded) -> None:
@@ -121,6 +125,8 @@ async def test_a_stolen_cell_certificate_hears_tables_and_its_own_answers_alone(
             assert not await cell.listens(subject, queue="publishers"), subject
         for subject in ("silkbus.table.policies.change", "silkbus.table.*.heartbeat", "_INBOX.cell.cell-1.>"):
             assert await cell.listens(subject), subject
+        assert await cell.listens("silkbus.ask.explain")
+        assert not await cell.listens("silkbus.cell.*.denied")
 
 
 async def test_a_stolen_reader_certificate_reads_events_alone(guarded: Guarded) -> None:
@@ -382,3 +388,25 @@ async def test_an_operator_asks_services_and_nothing_else(guarded: Guarded) -> N
         for subject in [*NOBODY_HEARS, *ONLY_THE_CENTRE_HEARS]:
             assert not await operator.listens(subject), subject
         assert await operator.publishes("$SRV.PING")
+        assert await operator.listens("silkbus.cell.*.denied")
+
+
+async def test_a_cell_answers_under_its_own_name_alone(guarded: Guarded) -> None:
+    """Whoever asks all cells knows by the subject who answered, and hears nothing that is not theirs."""
+    async with (
+        thief(guarded, POLICY_SERVER) as server,
+        thief(guarded, SILK_CONTROLLER) as controller,
+        thief(guarded, CELL, "cell-1") as cell,
+    ):
+        questions = await cell.client.subscribe("silkbus.ask.explain")
+        answers = await server.client.subscribe("silkbus.cell.*.explained")
+        await barrier(cell.client)
+        await barrier(server.client)
+        assert await server.publishes("silkbus.ask.explain", b"?")
+        assert (await questions.next_msg(timeout=10)).data == b"?"
+        assert await cell.publishes("silkbus.cell.cell-1.explained", b"!")
+        assert (await answers.next_msg(timeout=10)).subject == "silkbus.cell.cell-1.explained"
+        assert not await cell.publishes("silkbus.cell.cell-2.explained", b"!")
+        assert not await controller.publishes("silkbus.ask.explain")
+        assert not await controller.listens("silkbus.cell.*.explained")
+        assert not await server.publishes("silkbus.cell.cell-1.explained")
