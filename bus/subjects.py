@@ -6,6 +6,7 @@
     silkbus.lease.CELL.VERB          CELL asks, one Silk controller answers (VERB: acquire, renew, release)
     silkbus.cell.CELL.TOPIC          CELL publishes (TOPIC: state, container, denied, explained)
     silkbus.ask.explain              policy servers ask, each cell answers as silkbus.cell.CELL.explained
+                                     container is taken in by the JetStream stream SILKBUS_CONTAINERS
     silkbus.event.TABLE.KIND         servers publish, on JetStream; readers read (KIND: two tokens, as policy.added)
     _INBOX.ROLE.NAME.>               what answers NAME; nobody else listens there
 
@@ -17,6 +18,10 @@ from bus.messages import CellName
 
 ROOT = "silkbus"
 INBOX = "_INBOX"
+CONTAINERS = "containers"
+"""No table: what its stream of events is called after."""
+CONTAINER = "container"
+"""The topic under which a cell tells what becomes of its containers."""
 EXPLAIN = f"{ROOT}.ask.explain"
 """Where all cells at once are asked what becomes of a flow (bus/explaining.py)."""
 

@@ -54,7 +54,7 @@ def test_entry_points(wheel: zipfile.ZipFile) -> None:
         "silkbus-silk-controller",
         "silkbus-silk-worker",
     }
-    assert set(parser["silkbus.commands"]) == {"demo", "install-cni", "lab", "nats-config", "policy"}
+    assert set(parser["silkbus.commands"]) == {"demo", "install-cni", "install-garden", "lab", "nats-config", "policy"}
     for section in parser.sections():
         for target in parser[section].values():
             module, _, function = target.partition(":")

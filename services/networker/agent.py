@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from bus.connection import connect
 from bus.decode import Malformed
 from bus.local import Health, Service, application, serving_privately
 from bus.log import about, setup
@@ -16,8 +17,13 @@ from bus.messages import cell_name
 from bus.process import KernelThread, run
 from bus.records import Records
 from bus.settings import CellSettings, from_command_line, setting
+from services.networker import dns
+from services.networker.announcer import Announcer
 from services.networker.attachments import Attachments
 from services.networker.cni_door import CniDoor
+from services.networker.garden_door import GardenDoor
+from services.networker.neighbours import Neighbours
+from services.networker.outbox import Outbox
 from services.networker.sweep import Sweep
 
 log = logging.getLogger(__name__)
@@ -29,12 +35,15 @@ LONGEST_CALL = 30.0
 class NetworkerSettings(CellSettings):
     """Settings of the networker."""
 
-    attach_timeout: float = setting("seconds the silk worker has for a link", 10.0)
+    attach_timeout: float = setting("seconds the silk worker, or the CNI plugins, have for a link", 10.0)
     admit_timeout: float = setting("seconds the enforcer has for a container's rules", 20.0)
+    dns_servers: tuple[str, ...] = setting("DNS servers of containers whose network configuration names none", ())
 
     def __post_init__(self) -> None:
         CellSettings.__post_init__(self)
         cell_name(self.cell)
+        for server in self.dns_servers:
+            dns.check(server)
         for name in ("attach_timeout", "admit_timeout"):
             if not 0 < getattr(self, name) <= LONGEST_CALL:
                 raise Malformed(f"{name}: must be more than 0 and at most {LONGEST_CALL:g}, for runtimes wait 60 s")
@@ -43,16 +52,14 @@ class NetworkerSettings(CellSettings):
 async def serve(settings: NetworkerSettings) -> None:
     """Serve until cancelled. What is under way then gets a few seconds; the rest is for the next start's sweep."""
     disk = KernelThread("disk")
+    cell = cell_name(settings.cell)
     silk = Service("silk", settings.socket("silk"))
     enforcer = Service("enforcer", settings.socket("enforcer"))
-    attachments = Attachments(
-        Records(settings.containers_dir),
-        silk,
-        enforcer,
-        disk,
-        attach_timeout=settings.attach_timeout,
-        admit_timeout=settings.admit_timeout,
+    neighbours = Neighbours(
+        silk, enforcer, attach_timeout=settings.attach_timeout, admit_timeout=settings.admit_timeout
     )
+    outbox = Outbox(settings.state_dir / "networker" / "events", disk)
+    attachments = Attachments(cell, Records(settings.containers_dir), neighbours, outbox, disk)
 
     async def containers(_: Request) -> Response:
         return JSONResponse({"containers": [record.encode() for record in await attachments.all()]})
@@ -61,15 +68,24 @@ async def serve(settings: NetworkerSettings) -> None:
         stack.callback(disk.close)
         stack.push_async_callback(silk.close)
         stack.push_async_callback(enforcer.close)
-        routes = [*CniDoor(attachments).routes(), Route("/containers", containers)]
+        connection = await stack.enter_async_context(
+            connect(settings.nats, role="cell", name=cell, credentials=settings.nats_credentials)
+        )
+        await attachments.load()
+        routes = [
+            *CniDoor(attachments, settings.dns_servers).routes(),
+            *GardenDoor(attachments, disk, settings.dns_servers).routes(),
+            Route("/containers", containers),
+        ]
         socket = settings.socket("networker")
         await stack.enter_async_context(serving_privately(application(routes, Health()), socket))
         log.info("serving", extra=about(socket=str(socket)))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(Sweep(attachments, disk).run())
+            tasks.create_task(Announcer(connection, cell, outbox).run())
 
 
 def main() -> None:
-    settings = from_command_line(NetworkerSettings, "silkbus-networker", "The networker of a cell: CNI and records.")
+    settings = from_command_line(NetworkerSettings, "silkbus-networker", "Front doors of a cell: Garden and CNI.")
     setup("networker", settings.log_level, cell=settings.cell)
     run(lambda: serve(settings))

@@ -71,12 +71,18 @@ class Request:
     def version(self) -> str:
         return str(self.config["cniVersion"])
 
+    @property
+    def chained(self) -> bool:
+        """Whether other plugins attach the container before ours, which then does the rest."""
+        return self.config.get("chained") is True
+
     def attachment(self) -> Attachment:
         """What the workflow is asked for. Raises CniError."""
         try:
             runtime = Fields(self.config.get("runtimeConfig") or {}, "runtimeConfig")
             # Rules that are not valid let nothing out; only Garden's user can be told of them (garden_door).
             egress, _ = egress_rules(_items(runtime, "netOutRules"), "runtimeConfig: netOutRules")
+            result = Fields(self.config, "network configuration").mapping("prevResult") if self.chained else None
             return Attachment(
                 self.handle,
                 self.netns,
@@ -86,6 +92,7 @@ class Request:
                 port_forwards(_items(runtime, "portMappings"), "runtimeConfig: portMappings"),
                 egress,
                 wishes=_wishes(runtime, self.arguments),
+                result=result,
             )
         except Malformed as error:
             raise CniError(INVALID_CONFIG, str(error), version=self.version) from None
@@ -211,7 +218,14 @@ def _arguments(text: str) -> dict[str, str]:
 
 
 def result(attachment: Attachment, version: str, dns: Mapping[str, Any]) -> str:
-    """What ADD answers, in the form of `version`."""
+    """What ADD answers, in the form of `version`. Where others attached the container, it is their result."""
+    if attachment.result is not None:
+        return output({**attachment.result, **({"dns": dict(dns)} if dns else {})})
+    return output(result_value(attachment, version, dns))
+
+
+def result_value(attachment: Attachment, version: str, dns: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of an attachment by the silk worker."""
     link = attachment.link
     assert link is not None  # noqa: S101 (only complete attachments are answered)
     host: dict[str, Any] = {"name": link.interface, "mac": link.mac}
@@ -221,23 +235,35 @@ def result(attachment: Attachment, version: str, dns: Mapping[str, Any]) -> str:
         address = {"version": "4", **address}
     if version == "1.1.0":
         host, inside = {**host, "mtu": link.mtu}, {**inside, "mtu": link.mtu}
-    return output(
-        {
-            "cniVersion": version,
-            "interfaces": [host, inside],
-            "ips": [address],
-            "routes": [{"dst": "0.0.0.0/0", "gw": str(link.gateway)}],
-            "dns": dict(dns),
-        }
-    )
+    return {
+        "cniVersion": version,
+        "interfaces": [host, inside],
+        "ips": [address],
+        "routes": [{"dst": "0.0.0.0/0", "gw": str(link.gateway)}],
+        "dns": dict(dns),
+    }
 
 
-def previous_addresses(config: Mapping[str, Any]) -> set[str]:
-    """The addresses in `prevResult`, without their prefix lengths; empty if there are none or none readable."""
-    previous = config.get("prevResult")
-    ips = previous.get("ips") if isinstance(previous, dict) else None
-    found = [ip.get("address") for ip in ips if isinstance(ip, dict)] if isinstance(ips, list) else []
-    return {text.partition("/")[0] for text in found if isinstance(text, str)}
+def contradiction(config: Mapping[str, Any], attachment: Attachment) -> str | None:
+    """What `prevResult` says of the container that is not so, or None; what it does not say is no contradiction."""
+    previous, link = config.get("prevResult"), attachment.link
+    if not isinstance(previous, dict) or link is None:
+        return None
+    addresses = {str(ip.get("address")).partition("/")[0] for ip in _objects(previous.get("ips"))}
+    if addresses and str(link.address) not in addresses:
+        return f"its address is {link.address}, prevResult has {', '.join(sorted(addresses))}"
+    own = {attachment.ifname: link.peer_mac, link.interface: link.mac}
+    named = {interface.get("name"): interface.get("mac") for interface in _objects(previous.get("interfaces"))}
+    for name, mac in own.items():
+        if named and name is not None and name not in named:
+            return f"its interface {name} is not in prevResult"
+        if mac is not None and named.get(name) not in (None, "", mac):
+            return f"the MAC address of {name} is {mac}, prevResult has {named[name]}"
+    return None
+
+
+def _objects(value: object) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def output(value: Mapping[str, Any]) -> str:

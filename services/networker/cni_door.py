@@ -1,6 +1,7 @@
 """The CNI front door: one call of the plugin becomes one call of the workflow, and its outcome CNI's answer."""
 
 import logging
+from typing import Any
 
 from prometheus_client import Histogram
 from starlette.requests import Request as HttpRequest
@@ -13,7 +14,9 @@ from bus.log import about
 from services.networker import cni
 from services.networker.attachments import Attachments
 from services.networker.cni import CniError, Request
+from services.networker.dns import nameservers
 from services.networker.errors import Conflict, Failed, NotAttached, Unavailable
+from services.networker.record import Attachment
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +28,9 @@ MAX_BODY = 7 << 20
 class CniDoor:
     """POST /cni, as docs/design.md has it. Whatever goes wrong is answered as a CNI error, with exit code 1."""
 
-    def __init__(self, attachments: Attachments) -> None:
+    def __init__(self, attachments: Attachments, dns_servers: tuple[str, ...] = ()) -> None:
         self._attachments = attachments
+        self._dns_servers = dns_servers
 
     def routes(self) -> list[Route]:
         return [Route("/cni", self.post, methods=["POST"])]
@@ -55,7 +59,7 @@ class CniDoor:
                 case "ADD":
                     return await self._add(request)
                 case "DEL":
-                    await self._attachments.remove(request.handle, request.netns or None, request.ifname)
+                    await self._remove(request)
                 case "CHECK":
                     await self._check(request)
                 case "STATUS":
@@ -72,25 +76,41 @@ class CniDoor:
             raise CniError(code, text, version=request.version) from error
 
     async def _add(self, request: Request) -> str:
-        if request.config.get("prevResult") is not None:
-            raise CniError(
-                cni.INVALID_CONFIG,
-                "prevResult: silkbus-cni attaches the container itself, so it must be the first plugin of its chain",
-                version=request.version,
+        if request.chained == (request.config.get("prevResult") is None):
+            problem = (
+                "missing, although this plugin is configured as `chained`: another must attach the container before it"
+                if request.chained
+                else "silkbus-cni attaches the container itself, so it must be the first plugin of its chain; set "
+                "`chained` to true in its configuration where another plugin attaches"
             )
+            raise CniError(cni.INVALID_CONFIG, f"prevResult: {problem}", version=request.version)
+        dns = self._dns(request)
         attachment = await self._attachments.add(request.attachment())
-        return cni.result(attachment, request.version, request.config.get("dns", {}))
+        return cni.result(attachment, request.version, dns)
+
+    def _dns(self, request: Request) -> dict[str, Any]:
+        own = dict(request.config.get("dns", {}))
+        try:
+            servers = nameservers(None, request.config, () if request.chained else self._dns_servers)
+        except Malformed as error:
+            raise CniError(cni.INVALID_CONFIG, str(error), version=request.version) from None
+        return own | ({"nameservers": list(servers)} if servers else {})
+
+    async def _remove(self, request: Request) -> None:
+        # Of a chained one without a record there is nothing of the silk worker's.
+        unrecorded = Attachment(request.handle, request.netns, request.ifname, "", result={})
+        await self._attachments.remove(
+            request.handle, request.netns or None, request.ifname, unrecorded if request.chained else None
+        )
 
     async def _check(self, request: Request) -> None:
         found = await self._attachments.check(request.attachment())
-        answered = cni.previous_addresses(request.config)
-        if found.link is not None and answered and str(found.link.address) not in answered:
-            text = f"its address is {found.link.address}, prevResult has {', '.join(sorted(answered))}"
-            raise CniError(cni.UNKNOWN_CONTAINER, text, version=request.version)
+        if (problem := cni.contradiction(request.config, found)) is not None:
+            raise CniError(cni.UNKNOWN_CONTAINER, problem, version=request.version)
 
     async def _status(self, request: Request) -> None:
         try:
-            await self._attachments.ready()
+            await self._attachments.ready(with_silk=not request.chained)
         except (Unavailable, Failed) as error:
             raise CniError(cni.NOT_AVAILABLE, str(error), version=request.version) from None
 

@@ -1,6 +1,6 @@
-"""`silkbus install-cni`: puts the CNI plugin where a container runtime looks for it.
+"""`silkbus install-cni` and `silkbus install-garden`: put a plugin where a container runtime looks for it.
 
-The plugin is one file that imports nothing of ours, so that it starts fast and survives upgrades. What it must know of
+A plugin is one file that imports nothing of ours, so that it starts fast and survives upgrades. What it must know of
 its cell is written into it here, so that it need not read settings at each call.
 """
 
@@ -16,19 +16,21 @@ from pathlib import Path
 from services.networker.cni import VERSIONS
 
 NAME = "silkbus-cni"
+GARDEN = "silkbus-garden"
 RUN_DIR = Path("/run/silkbus")
 TIMEOUT = 60.0
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 
-def plugin(python: Path, run_dir: Path, timeout: float) -> str:
-    """The plugin's text for the cell whose services have their sockets in `run_dir`; it waits `timeout` seconds."""
-    text = (files("services.networker") / "shims" / NAME).read_text()
-    constants = {
+def plugin(name: str, python: Path, run_dir: Path, timeout: float) -> str:
+    """A plugin's text for the cell whose services have their sockets in `run_dir`; it waits `timeout` seconds."""
+    text = (files("services.networker") / "shims" / name).read_text()
+    constants: dict[str, object] = {
         "SOCKET": str(run_dir.absolute() / "networker" / "networker.sock"),
         "TIMEOUT": timeout,
-        "VERSIONS": list(VERSIONS),
     }
+    if name == NAME:
+        constants["VERSIONS"] = list(VERSIONS)
     lines = text.splitlines()
     lines[0] = f"#!{python} -IS"
     for name, value in constants.items():
@@ -60,25 +62,47 @@ def write(path: Path, text: str, mode: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; `arguments` without its name. Answers the exit code."""
-    parser = argparse.ArgumentParser("silkbus install-cni", description="Install the CNI plugin of this cell.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the runtime's folder of plugins, as /opt/cni/bin")
-    parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="the services' run_dir [%(default)s]")
+    """The command install-cni; `arguments` without its name. Answers the exit code."""
+    parser = _parser("install-cni", "Install the CNI plugin of this cell.", "the runtime's folder, as /opt/cni/bin")
     parser.add_argument("--conflist", type=Path, metavar="FILE", help="write an example configuration, not print it")
+    options = _options(parser, arguments)
+    code = _install(NAME, options, [] if options.conflist is None else [(options.conflist, conflist())])
+    if code == 0 and options.conflist is None:
+        print(conflist(), end="")
+    return code
+
+
+def garden_main(arguments: Sequence[str] | None = None) -> int:
+    """The command install-garden, likewise."""
+    parser = _parser("install-garden", "Install Garden's external network plugin of this cell.", "a folder for it")
+    return _install(GARDEN, _options(parser, arguments), [])
+
+
+def _parser(command: str, what: str, folder: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"silkbus {command}", description=what)
+    parser.add_argument("folder", type=Path, metavar="DIR", help=folder)
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="the services' run_dir [%(default)s]")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds a call may take [%(default)g]")
     default = SYSTEM_PYTHON if SYSTEM_PYTHON.exists() else Path(sys.executable).resolve()
     parser.add_argument("--python", type=Path, default=default, help="the plugin's interpreter [%(default)s]")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.timeout <= 0:
         parser.error(f"--timeout: must be more than 0 seconds, not {options.timeout:g}")
+    return options
+
+
+def _install(name: str, options: argparse.Namespace, more: Sequence[tuple[Path, str]]) -> int:
     try:
-        write(options.folder / NAME, plugin(options.python, options.run_dir, options.timeout), 0o755)
-        if options.conflist is not None:
-            write(options.conflist, conflist(), 0o644)
+        write(options.folder / name, plugin(name, options.python, options.run_dir, options.timeout), 0o755)
+        for path, text in more:
+            write(path, text, 0o644)
     except OSError as error:
-        print(f"silkbus install-cni: {error.filename or options.folder}: {error.strerror}", file=sys.stderr)
+        command = "install-garden" if name == GARDEN else "install-cni"
+        print(f"silkbus {command}: {error.filename or options.folder}: {error.strerror}", file=sys.stderr)
         return 1
-    print(f"installed {options.folder / NAME}", file=sys.stderr)
-    if options.conflist is None:
-        print(conflist(), end="")
+    print(f"installed {options.folder / name}", file=sys.stderr)
     return 0

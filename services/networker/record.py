@@ -57,7 +57,8 @@ class Attachment:
     where a runtime ran them, of the plugins before ours; empty and None where the silk worker alone does it.
 
     `source` is the namespace that is to be mounted at `netns` first; in a record only `mounted` says that it was.
-    `redirects` are rules for the container's own table nat.
+    `redirects` are rules for the container's own table nat. `changing` is so while the enforcer may not know what the
+    record says. `asked_egress` is egress as the runtime gave it, for other plugins, and not recorded.
     """
 
     handle: Handle
@@ -75,6 +76,8 @@ class Attachment:
     source: str | None = None
     mounted: bool = False
     redirects: tuple[str, ...] = ()
+    changing: bool = False
+    asked_egress: tuple[Any, ...] = ()
     link: Link | None = None
 
     def record(self, stage: Stage) -> Container:
@@ -85,6 +88,7 @@ class Attachment:
         ours |= {"result": dict(self.result)} if self.result is not None else {}
         ours |= {"mounted": True} if self.mounted or self.source is not None else {}
         ours |= {"redirects": list(self.redirects)} if self.redirects else {}
+        ours |= {"changing": True} if self.changing else {}
         if (link := self.link) is not None:
             gateway = None if link.gateway is None else str(link.gateway)
             ours |= {"mac": link.mac, "peer_mac": link.peer_mac, "mtu": link.mtu, "gateway": gateway}
@@ -134,5 +138,6 @@ class Attachment:
             result=fields.mapping("result") if "result" in fields else None,
             mounted=fields.flag("mounted") if "mounted" in fields else False,
             redirects=tuple(map(str, fields.items("redirects"))) if "redirects" in fields else (),
+            changing=fields.flag("changing") if "changing" in fields else False,
             link=link,
         )

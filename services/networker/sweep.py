@@ -1,9 +1,9 @@
 """Taking apart what a crash, or a service that was down, left half done.
 
-At a start: records that say `attaching` (nobody was answered) or `removing`, and ready ones whose namespace is gone
-(the cell was rebooted, or the runtime died). Later: attachments whose undoing failed. A service that is down is no
-reason to forget one, so this tries until it succeeds, slower and slower; containers being attached and removed go on
-meanwhile.
+At a start: records that say `attaching` (nobody was answered) or `removing`, ready ones whose namespace is gone (the
+cell was rebooted, or the runtime died), and those being changed. Later: attachments whose undoing or removal failed. A
+service that is down is no reason to forget one, so this tries until it succeeds, slower and slower; containers being
+attached and removed go on meanwhile.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from bus.log import about
 from bus.messages import Handle
 from bus.process import KernelThread
-from services.networker.attachments import Attachments, is_leftover
+from services.networker.attachments import Attachments, needs_settling
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Sweep:
     async def run(self) -> None:
         """Find what the last run left, then take apart what comes, until cancelled."""
         for record in await self._attachments.all():
-            if await self._disk.run(is_leftover, record):
+            if await self._disk.run(needs_settling, record):
                 self._add(record.handle)
         while True:
             await self._more.wait()
@@ -63,8 +63,8 @@ class Sweep:
         self._more.clear()
         for handle in sorted(self._pending):
             try:
-                if await self._attachments.discard_leftover(handle):
-                    log.info("took apart a leftover", extra=about(handle=handle))
+                if await self._attachments.settle(handle):
+                    log.info("settled a leftover", extra=about(handle=handle))
             except Exception as error:  # noqa: BLE001 (one that fails must not keep the others)
                 log.warning("leftover remains for now", extra=about(handle=handle, error=repr(error)))
             else:

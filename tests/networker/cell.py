@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,7 @@ class Neighbours:
         self.delay: dict[str, float] = {}
         self.instance = "first"
         self.interface = "s-010255030002"
+        self.mac = "aa:aa:0a:ff:1e:02"
         self.before: Callable[[str], None] = lambda _: None
         self._turns: dict[str, asyncio.Lock] = {}
         self._loop = asyncio.new_event_loop()
@@ -124,7 +125,7 @@ class Neighbours:
             {
                 "address": address,
                 "interface": self.interface,
-                "mac": "aa:aa:0a:ff:1e:02",
+                "mac": self.mac,
                 "peer_mac": "ee:ee:0a:ff:1e:02",
                 "mtu": 1450,
                 "gateway": "169.254.0.1",
@@ -161,9 +162,13 @@ class Neighbours:
 
 
 class Cell:
-    """The networker's process and its neighbours, in a folder of their own."""
+    """The networker's process and its neighbours, in a folder of their own.
 
-    def __init__(self, netns: str, *, neighbours: bool = True) -> None:
+    `enter` is a command that starts the networker in namespaces of its own.
+    """
+
+    def __init__(self, netns: str, *, neighbours: bool = True, enter: Sequence[str] = ()) -> None:
+        self._enter = enter
         self.folder = Path(tempfile.mkdtemp(prefix="sbn-"))
         self.netns = netns
         self.run_dir = self.folder / "run"
@@ -199,7 +204,7 @@ class Cell:
             "SILKBUS_FAILPOINTS": failpoints,
             **{f"SILKBUS_{name.upper()}": str(value) for name, value in settings.items()},
         }
-        command = [sys.executable, "-c", "from services.networker.agent import main; main()"]
+        command = [*self._enter, sys.executable, "-c", "from services.networker.agent import main; main()"]
         self.socket.unlink(missing_ok=True)
         with (self.folder / "networker.log").open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stderr=log)

@@ -185,6 +185,20 @@ def test_an_app_must_be_a_name(config: dict[str, Any]) -> None:
         identity_of(config, {})
 
 
-@pytest.mark.parametrize("config", [{}, {"prevResult": 7}, {"prevResult": {"ips": [7, {"address": 7}]}}])
-def test_previous_results_that_say_nothing(config: dict[str, Any]) -> None:
-    assert cni.previous_addresses(config) == set()
+@pytest.mark.parametrize(
+    ("previous", "problem"),
+    [
+        (None, None),
+        (7, None),
+        ({"ips": [7, {"address": 7}], "interfaces": 7}, "its address"),
+        ({"ips": [{"address": "10.255.30.2/32"}]}, None),
+        ({"ips": [{"address": "10.255.30.3/32"}]}, "its address is 10.255.30.2, prevResult has 10.255.30.3"),
+        ({"interfaces": [{"name": "s-1", "mac": "aa:aa:00:00:00:01"}, {"name": "eth0"}]}, None),
+        ({"interfaces": [{"name": "s-1"}, {"name": "eth0", "mac": "ee:00:00:00:00:00"}]}, "the MAC address of eth0"),
+        ({"interfaces": [{"name": "s-2"}, {"name": "eth0"}]}, "its interface s-1 is not in prevResult"),
+    ],
+)
+def test_what_contradicts_a_previous_result(previous: object, problem: str | None) -> None:
+    attachment = Attachment(Handle("c1"), "/run/netns/c1", "eth0", "overlay", link=LINK)
+    found = cni.contradiction({"prevResult": previous}, attachment)
+    assert found is None if problem is None else problem in (found or "")

@@ -1,5 +1,7 @@
 """The order of attaching and removing, and that a failure at any step leaves nothing."""
 
+import subprocess
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -242,8 +244,26 @@ def test_del_during_add_ends_clean(running: Cell) -> None:
     assert running.is_clean()
 
 
+@pytest.fixture
+def inside(running: Cell) -> Iterator[Callable[..., None]]:
+    """Runs `ip` in the container, which has what was answered on ADD. Its link on the cell is `lo`, only looked at."""
+    running.neighbours.interface, running.neighbours.mac = "lo", "00:00:00:00:00:00"
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["nsenter", f"--net={running.netns}", "ip", *arguments], check=True)
+
+    ip("link", "add", "eth0", "address", "ee:ee:0a:ff:1e:02", "type", "veth", "peer", "name", "other")
+    ip("link", "set", "other", "up")
+    ip("address", "add", "10.255.30.2/32", "dev", "eth0")
+    ip("link", "set", "eth0", "up")
+    ip("route", "add", "169.254.0.1", "dev", "eth0")
+    ip("route", "add", "default", "via", "169.254.0.1", "dev", "eth0")
+    yield ip
+    subprocess.run(["nsenter", f"--net={running.netns}", "ip", "link", "delete", "eth0"], check=False)
+
+
+@pytest.mark.usefixtures("inside")
 def test_check(running: Cell) -> None:
-    running.neighbours.interface = "lo"
     assert running.cni("CHECK")[1]["code"] == 3
     _, result = running.cni("ADD")
     assert running.cni("CHECK", config={"prevResult": result}) == (0, {})
@@ -254,12 +274,36 @@ def test_check(running: Cell) -> None:
     assert running.cni("CHECK")[1]["code"] == 11
 
 
-def test_check_finds_a_lost_link(running: Cell) -> None:
-    running.neighbours.interface = "sbn-none"
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (("route", "delete", "default"), "no default route"),
+        (("link", "set", "eth0", "down"), "is down"),
+        (("link", "set", "eth0", "address", "ee:ee:0a:ff:1e:03"), "has the MAC address ee:ee:0a:ff:1e:03"),
+        (("address", "delete", "10.255.30.2/32", "dev", "eth0"), "does not have the address 10.255.30.2"),
+        (("link", "delete", "eth0"), "there is no eth0"),
+    ],
+)
+def test_check_looks_into_the_container(
+    running: Cell, inside: Callable[..., None], change: tuple[str, ...], text: str
+) -> None:
+    running.cni("ADD")
+    assert running.cni("CHECK") == (0, {})
+    inside(*change)
+    code, error = running.cni("CHECK")
+    assert (code, error["code"]) == (1, 3)
+    assert text in error["msg"]
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize(("name", "text"), [("sbn-none", "does not exist on the cell"), ("lo", "has the MAC address")])
+def test_check_finds_a_lost_link(running: Cell, name: str, text: str) -> None:
+    running.neighbours.interface = name
+    running.neighbours.mac = "aa:aa:0a:ff:1e:02"
     running.cni("ADD")
     code, error = running.cni("CHECK")
     assert (code, error["code"]) == (1, 3)
-    assert "sbn-none" in error["msg"]
+    assert f"its link {name} {text}" in error["msg"]
 
 
 def test_status(running: Cell) -> None:
