@@ -69,11 +69,14 @@ async def measure(namespace: str, arguments: argparse.Namespace) -> None:
         await reconciler._applied()
 
     task: list[asyncio.Task[None]] = []
-    print(f"{arguments.kind}: {arguments.policies} policies, {arguments.containers} containers")
+    print(
+        f"{arguments.kind}: {arguments.policies} policies, {arguments.containers} containers, {arguments.flows} flows"
+    )
     await timed(1, "start, empty kernel", start)
     http = (Ports(Protocol.TCP, 9090, 9090),)
     new = [(apps[1 + n % (len(apps) - 1)], AppId(f"source-{n}")) for n in range(arguments.rounds)]
     await tell({tag_key(source): 40_000 + n for n, (_, source) in enumerate(new)})
+    _open_flows(namespace, arguments.flows)
     await timed(arguments.rounds, "one policy added", lambda n: tell({policy_key(*new[n]): http}))
     await timed(arguments.rounds, "one policy removed", lambda n: tell({policy_key(*new[n]): None}))
     await timed(arguments.rounds, "nothing changed", lambda n: tell({policy_key(AppId("x"), AppId(str(n))): None}))
@@ -82,6 +85,20 @@ async def measure(namespace: str, arguments: argparse.Namespace) -> None:
     await timed(5, "full pass", lambda _: reconciler.sync())
     task[0].cancel()
     kernel.close()
+
+
+def _open_flows(namespace: str, count: int) -> None:
+    """So many entries in the connection table, so that looking for those to cut has something to look through."""
+    lines = "".join(
+        f"-I -s 10.255.{2 + n // 65000}.{n % 250} -d 10.255.1.{2 + n % 250} -p udp --sport {1 + n % 65000} --dport 8080"
+        f" -t 600 -m {1 + n % 250}\n"
+        for n in range(count)
+    )
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write(lines)
+        file.flush()
+        command = ["ip", "netns", "exec", namespace, "conntrack", "--load-file", file.name]
+        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
 
 
 def _moved(container: Container, n: int) -> Container:
@@ -94,6 +111,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("nft", "legacy"), default="nft")
     parser.add_argument("--policies", type=int, default=10_000)
     parser.add_argument("--containers", type=int, default=250)
+    parser.add_argument("--flows", type=int, default=2_000)
     parser.add_argument("--rounds", type=int, default=100)
     arguments = parser.parse_args()
     namespace = f"sbe-bench-{os.getpid()}"
