@@ -54,7 +54,7 @@ class User:
 
 
 def streams() -> Iterator[str]:
-    for table in WITH_EVENTS:
+    for table in (*WITH_EVENTS, subjects.CONTAINERS):
         yield subjects.event_stream(table)
 
 
@@ -75,6 +75,21 @@ def _inbox(role: str, name: str) -> Grant:
     return Grant("the answers to its own questions", (f"{subjects.inbox(role, name or '*')}.>",))
 
 
+def _making(stream: str) -> list[Grant]:
+    """To make a stream of events and its readers' consumers."""
+    return [
+        Grant("makes the stream", tuple(f"$JS.API.STREAM.{verb}.{stream}" for verb in ("CREATE", "INFO"))),
+        Grant(
+            "makes the consumers of the readers",
+            (
+                f"$JS.API.CONSUMER.CREATE.{stream}.*",
+                f"$JS.API.CONSUMER.DURABLE.CREATE.{stream}.*",
+                f"$JS.API.CONSUMER.INFO.{stream}.*",
+            ),
+        ),
+    ]
+
+
 def central(role: str) -> User:
     """The policy server or the Silk controller: all its instances are one user, as they do the same."""
     publish: list[Grant] = []
@@ -91,18 +106,8 @@ def central(role: str) -> User:
         stream = subjects.event_stream(table)
         publish += [
             Grant("events, which the stream takes in", (subjects.event(table, ">"),)),
-            Grant(
-                "the relay makes the stream, and looks what its last messages are",
-                tuple(f"$JS.API.STREAM.{verb}.{stream}" for verb in ("CREATE", "INFO", "MSG.GET")),
-            ),
-            Grant(
-                "the relay makes the consumers of the readers",
-                (
-                    f"$JS.API.CONSUMER.CREATE.{stream}.*",
-                    f"$JS.API.CONSUMER.DURABLE.CREATE.{stream}.*",
-                    f"$JS.API.CONSUMER.INFO.{stream}.*",
-                ),
-            ),
+            Grant("the relay looks what the stream's last messages are", (f"$JS.API.STREAM.MSG.GET.{stream}",)),
+            *_making(stream),
         ]
     if role == POLICY_SERVER:
         leases = LEASES.name
@@ -116,6 +121,7 @@ def central(role: str) -> User:
             Grant("what cells say of a flow", (subjects.cell("*", "explained"),)),
         ]
     if role == SILK_CONTROLLER:
+        publish += _making(subjects.event_stream(subjects.CONTAINERS))
         subscribe.append(Grant("cells that ask for their lease", (f"{subjects.lease('*', '*')} {SILK_CONTROLLER}",)))
     verbs = ("PING", "INFO", "STATS")
     subscribe.append(
@@ -136,7 +142,10 @@ def cell(name: str) -> User:
         publish=(
             Grant("asks for tables", (subjects.table_fetch("*"),)),
             Grant("asks for its own lease; the subject says who asks", (subjects.lease(name, "*"),)),
-            Grant("tells of itself, under its own name only", (subjects.cell(name, "*"),)),
+            Grant(
+                "tells of itself and its containers, under its own name only; the latter on JetStream",
+                (subjects.cell(name, "*"),),
+            ),
         ),
         subscribe=(
             Grant("follows tables", (subjects.table_change("*"), subjects.table_heartbeat("*"))),

@@ -5,8 +5,8 @@
     silkbus.table.TABLE.fetch        everybody asks, one server of the queue group answers
     silkbus.lease.CELL.VERB          CELL asks, one Silk controller answers (VERB: acquire, renew, release)
     silkbus.cell.CELL.TOPIC          CELL publishes (TOPIC: state, container, denied, explained)
-    silkbus.ask.explain              policy servers ask, each cell answers as silkbus.cell.CELL.explained
                                      container is taken in by the JetStream stream SILKBUS_CONTAINERS
+    silkbus.ask.explain              policy servers ask, each cell answers as silkbus.cell.CELL.explained
     silkbus.event.TABLE.KIND         servers publish, on JetStream; readers read (KIND: two tokens, as policy.added)
     _INBOX.ROLE.NAME.>               what answers NAME; nobody else listens there
 

@@ -77,17 +77,22 @@ class End:
 
 
 class EventStream:
-    """The stream of one table. `replicas` is how many servers of a cluster keep it, when it is made here."""
+    """The stream of one table. `replicas` is how many servers of a cluster keep it, when it is made here.
 
-    def __init__(self, table: str, *, readers: Iterable[str], replicas: int) -> None:
+    `subject` is what it takes in, if not the table's events.
+    """
+
+    def __init__(self, table: str, *, readers: Iterable[str], replicas: int, subject: str | None = None) -> None:
         self.name = subjects.event_stream(table)
         self._readers = tuple(readers)
         self._consumers_of: datetime | None = None
         self._consumers_due = 0.0
         self._config = StreamConfig(
             name=self.name,
-            description=f"Events of the table {table}; refilled from SQL if lost",
-            subjects=[subjects.event(table, ">")],
+            description=f"Events of the table {table}; refilled from SQL if lost"
+            if subject is None
+            else f"Of {subject}",
+            subjects=[subject or subjects.event(table, ">")],
             retention=RetentionPolicy.LIMITS,
             storage=StorageType.FILE,
             discard=DiscardPolicy.OLD,

@@ -20,7 +20,7 @@ from bus import subjects
 from bus.connection import Connection, connect
 from bus.debug import debugging
 from bus.decode import Fields, Malformed
-from bus.events import Relay
+from bus.events import ContainerStream, Relay
 from bus.ledger import Outcome
 from bus.legacy_config import CannotUse
 from bus.listener import BoundedProtocol, CannotListen, listening, raise_file_limit
@@ -145,7 +145,8 @@ async def control(settings: ControllerSettings) -> None:
             await stack.enter_async_context(serving(api, listener, protocol=BoundedProtocol, tls=tls, server=TlsServer))
             log.info("listening", extra=about(address=settings.listen))
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        for work in (publisher.run(), relay.run(), expiry.run(), Controller(store).serve(connection)):
+        stream = ContainerStream(connection, readers=settings.event_readers, replicas=settings.event_replicas)
+        for work in (publisher.run(), relay.run(), stream.run(), expiry.run(), Controller(store).serve(connection)):
             tasks.create_task(work)
 
 
