@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.foundation import CfUaa, Controller, Foundation
 from tests.policy.server import ADMIN_TOKEN, DELETE, POLICIES, PolicyServer
+from tests.policy.stubs import certificate
 
 WRONG_TOKEN = {"SILKBUS_TOKEN": "wrong"}
 PROGRAM = Path(sys.executable).with_name("silkbus")
@@ -87,3 +89,43 @@ def silkbus(bare: Run, environment: dict[str, str]) -> Run:
         return bare(*arguments, **{**environment, **more})
 
     return run
+
+
+@pytest.fixture(scope="module")
+def standing_foundation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Foundation]:
+    folder = tmp_path_factory.mktemp("foundation")
+    authority, files = certificate(folder)
+    uaa = CfUaa(files)
+    host, _, port = uaa.url.rpartition(":")
+    server = PolicyServer(folder, auth="uaa-keys", uaa_url=host, uaa_port=port, uaa_ca=authority)
+    controller = Controller(uaa, server.url, files)
+    try:
+        for stub in (uaa, controller):
+            stub.start()
+        server.start()
+        yield Foundation(server, uaa, controller, authority)
+    finally:
+        server.close()
+        for stub in (uaa, controller):
+            stub.stop()
+
+
+@pytest.fixture
+def place(standing_foundation: Foundation) -> Foundation:
+    """A foundation without policies, and with nothing amiss."""
+    standing = standing_foundation
+    fresh = Controller(standing.uaa, standing.server.url)
+    standing.controller.orgs, standing.controller.spaces, standing.controller.apps = (
+        fresh.orgs,
+        fresh.spaces,
+        fresh.apps,
+    )
+    standing.uaa.fault = standing.controller.fault = None
+    standing.uaa.revoked.clear()
+    standing.uaa.forms.clear()
+    standing.uaa.refresh_tokens = {"refresh-0"}
+    with standing.server.client(standing.token) as client:
+        if policies := client.get(POLICIES).json()["policies"]:
+            client.post(DELETE, json={"policies": policies}).raise_for_status()
+    standing.asked()
+    return standing

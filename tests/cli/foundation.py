@@ -7,6 +7,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jwt
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tests.policy.server import PolicyServer
 from tests.policy.stubs import Stub, Uaa, _form
 
 CF = "Basic " + base64.b64encode(b"cf:").decode()
@@ -111,6 +113,26 @@ class Controller(Stub):
 
 def _lies(kind: str, guid: str) -> dict[str, Any]:
     return {kind: {"data": {"guid": guid}}}
+
+
+@dataclass
+class Foundation:
+    """A policy server that asks the UAA, and the Cloud Controller; `authority` is that of their certificates."""
+
+    server: PolicyServer
+    uaa: CfUaa
+    controller: Controller
+    authority: Path
+
+    @property
+    def token(self) -> str:
+        return self.uaa.token("network.admin", user_name="admin")
+
+    def asked(self) -> list[str]:
+        """What the Cloud Controller was asked for, from now on forgotten."""
+        found = [str(request.url).removeprefix(self.controller.url) for request in self.controller.asked]
+        self.controller.asked.clear()
+        return found
 
 
 def login(home: Path, controller: Controller, token: str, **more: Any) -> Path:

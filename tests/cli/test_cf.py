@@ -3,8 +3,6 @@
 import json
 import stat
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,67 +16,10 @@ from cli.errors import Failed
 from cli.login import FixedToken
 from cli.web import Server
 from tests.cli.conftest import WRONG_TOKEN, Result, Run
-from tests.cli.foundation import CF, CfUaa, Controller, login, old_token
+from tests.cli.foundation import CF, Foundation, login, old_token
 from tests.cli.test_policies import failed, rows
-from tests.policy.server import ADMIN_TOKEN, DELETE, POLICIES, PolicyServer
-from tests.policy.stubs import LOGIN, certificate
-
-
-@dataclass
-class Foundation:
-    server: PolicyServer
-    uaa: CfUaa
-    controller: Controller
-    authority: Path
-
-    @property
-    def token(self) -> str:
-        return self.uaa.token("network.admin", user_name="admin")
-
-    def asked(self) -> list[str]:
-        """What the Cloud Controller was asked for, from now on forgotten."""
-        found = [str(request.url).removeprefix(self.controller.url) for request in self.controller.asked]
-        self.controller.asked.clear()
-        return found
-
-
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Foundation]:
-    folder = tmp_path_factory.mktemp("foundation")
-    authority, files = certificate(folder)
-    uaa = CfUaa(files)
-    host, _, port = uaa.url.rpartition(":")
-    server = PolicyServer(folder, auth="uaa-keys", uaa_url=host, uaa_port=port, uaa_ca=authority)
-    controller = Controller(uaa, server.url, files)
-    try:
-        for stub in (uaa, controller):
-            stub.start()
-        server.start()
-        yield Foundation(server, uaa, controller, authority)
-    finally:
-        server.close()
-        for stub in (uaa, controller):
-            stub.stop()
-
-
-@pytest.fixture
-def place(standing: Foundation) -> Foundation:
-    """A foundation without policies, and with nothing amiss."""
-    fresh = Controller(standing.uaa, standing.server.url)
-    standing.controller.orgs, standing.controller.spaces, standing.controller.apps = (
-        fresh.orgs,
-        fresh.spaces,
-        fresh.apps,
-    )
-    standing.uaa.fault = standing.controller.fault = None
-    standing.uaa.revoked.clear()
-    standing.uaa.forms.clear()
-    standing.uaa.refresh_tokens = {"refresh-0"}
-    with standing.server.client(standing.token) as client:
-        if policies := client.get(POLICIES).json()["policies"]:
-            client.post(DELETE, json={"policies": policies}).raise_for_status()
-    standing.asked()
-    return standing
+from tests.policy.server import ADMIN_TOKEN, POLICIES
+from tests.policy.stubs import LOGIN
 
 
 @pytest.fixture

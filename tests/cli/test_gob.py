@@ -113,7 +113,7 @@ def primed(kind: Struct, first_id: int) -> Encoder:
 SPACE = Struct("Space", (("SpaceFields", Struct("SpaceFields", (("Guid", STRING), ("Name", STRING)))),))
 OLD_METADATA = Struct(
     "PluginMetadata",
-    (*METADATA.fields[:4], ("Commands", Slice("[]main.Command", METADATA.fields[4][1].element))),  # type: ignore[union-attr]
+    (*METADATA.fields[:4], ("Commands", Slice("[]main.Command", METADATA.fields[4][1].element))),
 )
 ALLOW = {"Usage": "u", "Options": {"-port": "p"}}
 
