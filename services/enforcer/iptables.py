@@ -213,7 +213,7 @@ class Iptables:
 
 
 def _error(command: str, code: int, words: str, lines: list[str]) -> IptablesError:
-    """What went wrong, and with which line. A code of 4 is about resources (the lock), not about what was asked."""
+    """What went wrong, and with which line. A code of 4 is about resources such as the lock, not about what was asked."""
     named = re.search(r"line:? (\d+)", words)
     number = int(named[1]) if named else 0
     line = lines[number - 1] if 0 < number <= len(lines) else ""
@@ -223,7 +223,9 @@ def _error(command: str, code: int, words: str, lines: list[str]) -> IptablesErr
         table = next(above[1:] for above in reversed(lines[:number]) if above.startswith("*"))
         rule = ChainId(table, line.split()[1]), found[1]
     culprit = f": {line}" if line else ""
-    return IptablesError(f"{command}: exit {code}: {words}{culprit}", refusal=code != _RESOURCE_PROBLEM, rule=rule)
+    # What the kernel refuses of nf_tables has that code as well, but then it is said of which rule.
+    refusal = code != _RESOURCE_PROBLEM or rule is not None
+    return IptablesError(f"{command}: exit {code}: {words}{culprit}", refusal=refusal, rule=rule)
 
 
 def loaded(kind: Kind, family: Family = "ip") -> tuple[str, ...]:
