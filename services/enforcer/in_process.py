@@ -17,7 +17,7 @@ from services.enforcer.xtables_lock import Locked, xtables_lock
 log = logging.getLogger(__name__)
 
 MAX_CHANGES = 8
-"""Rules to add or take out. Each costs 0.5 ms, where iptables-restore needs 0.01 (kernel.md 4)."""
+"""Rules to add or take out, and chains to make. Each costs 0.5 ms, where iptables-restore needs 0.01 (kernel.md 4)."""
 LOCK_WAIT = 0.5
 """Seconds to wait for the xtables lock here; iptables-restore, which queues for it, then waits longer."""
 _MATCHES = frozenset({"tcp", "udp", "mark", "comment"})
@@ -26,10 +26,13 @@ _FIELDS = {"-p": "protocol", "-s": "src", "-d": "dst"}
 
 
 class Change(NamedTuple):
-    """In this chain: from the rule at `position` on, as many as there are in `removed` give way to `added`."""
+    """In this chain: from the rule at `position` on, as many as there are in `removed` give way to `added`.
+
+    `before` are the hashes that the chain has; None if there is no such chain yet.
+    """
 
     chain: ChainId
-    before: tuple[str, ...]
+    before: tuple[str, ...] | None
     position: int
     removed: tuple[str, ...]
     added: tuple[Rule, ...]
@@ -39,14 +42,14 @@ def changes(held: Mapping[ChainId, tuple[str, ...]], wanted: Chains) -> list[Cha
     """What to change in chains of ours, given the hashes that they hold; None if that is too much for here."""
     found = []
     for chain, rules in wanted.items():
-        if chain not in held or not chain.ours:
+        if not chain.ours:
             return None
-        before, after = held[chain], tuple(rule.hash for rule in rules)
+        known = held.get(chain)
+        before, after = known or (), tuple(rule.hash for rule in rules)
         start = _common(before, after)
         end = _common(before[start:][::-1], after[start:][::-1])
-        change = Change(chain, before, start, before[start : len(before) - end], rules[start : len(after) - end])
-        found.append(change)
-    few = sum(len(change.removed) + len(change.added) for change in found) <= MAX_CHANGES
+        found.append(Change(chain, known, start, before[start : len(before) - end], rules[start : len(after) - end]))
+    few = sum(len(c.removed) + len(c.added) + (c.before is None) for c in found) <= MAX_CHANGES
     return found if few and len({chain.table for chain in wanted}) == 1 else None
 
 
@@ -88,6 +91,9 @@ class InProcess:
         try:
             table.refresh()
             for change in todo:
+                if change.before is None:
+                    table.create_chain(change.chain.name)
+            for change in todo:
                 chain = self._iptc.Chain(table, change.chain.name)
                 self._take_out(table, chain, change)
                 for position, rule in enumerate(change.added, change.position):
@@ -98,8 +104,8 @@ class InProcess:
 
     def _take_out(self, table: Any, chain: Any, change: Change) -> None:
         held = list(_rules(table, chain.name))
-        if len(held) != len(change.before):
-            raise Unfit(f"{chain.name} has {len(held)} rules, not {len(change.before)}")
+        if len(held) != len(change.before or ()):
+            raise Unfit(f"{chain.name} has {len(held)} rules, not {len(change.before or ())}")
         for position, expected in enumerate(change.removed, change.position):
             rule = table.create_rule(held[position], chain)
             comments = [match.comment.strip('"') for match in rule.matches if match.name == "comment"]

@@ -46,10 +46,11 @@ def test_what_is_between_the_same_beginning_and_end(
     assert (found[0].position, found[0].removed, found[0].added) == (position, hashes(*removed), rules(*added))
 
 
-def test_much_and_new_chains_are_left_to_the_program() -> None:
+def test_much_and_chains_built_in_are_left_to_the_program() -> None:
     many = tuple(range(1, 2 + in_process.MAX_CHANGES))
     assert changes({CHAIN: ()}, {CHAIN: rules(*many)}) is None
-    assert changes({}, {CHAIN: rules(1)}) is None
+    assert changes({}, {CHAIN: rules(*many[1:])}) is None
+    assert changes({}, {ChainId("filter", "FORWARD"): rules(1)}) is None
     assert changes({CHAIN: ()}, {CHAIN: rules(1), ChainId("raw", "sb-x"): ()}) is None
 
 
@@ -91,6 +92,15 @@ def test_as_the_program_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             assert used.count(True) > 150
             assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 10_000, "kilobytes"
+            # A new chain, and a rule that leads there.
+            other_chain, new = ChainId("filter", "sb-g-0"), ChainId("filter", "sb-a-1")
+            more = {other_chain: (rule("-d 10.255.1.2/32", to=new.name),), new: rules(7)}
+            here.submit(mine.write, difference(mine.picture, more)).result()
+            there.submit(other.write, difference(other.picture, wanted(sources) | more)).result()
+            assert used[-1]
+            assert sorted(ours.exec("iptables-legacy-save -t filter").splitlines()[1:-1]) == sorted(
+                theirs.exec("iptables-legacy-save -t filter").splitlines()[1:-1]
+            )
             # Another rule where ours is thought to be: nothing of it is touched here, the program makes the chain anew.
             ours.exec(f"iptables-legacy -w -I {CHAIN.name} 1 -s 1.2.3.4 -j ACCEPT")
             sources.popitem()
