@@ -33,6 +33,7 @@ class EventFeed:
         self._known: dict[Key, Lease] = {}
         self._histories = 0
         """How often the database was found to hold another history than before."""
+        self._read = False
         publisher.listen(self._on_policies)
         leases.listen(self._on_leases)
 
@@ -97,7 +98,9 @@ class EventFeed:
             revision = entries[-1].revision + 1
 
     def _on_policies(self, mirrored: Mirrored) -> None:
-        self._histories += mirrored.reloaded
+        # The first reading is no news to a stream that began before it.
+        self._histories += mirrored.reloaded and self._read
+        self._read = True
         self._wake()
 
     def _wake(self) -> None:
