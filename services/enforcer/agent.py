@@ -20,9 +20,11 @@ from bus.records import Records
 from bus.settings import from_command_line
 from bus.tables import LEASES, POLICIES, SECURITY_GROUPS, Replica
 from services.enforcer import following
+from services.enforcer.counters import Counters
 from services.enforcer.denied import DeniedEvents
 from services.enforcer.explain import Explainer
 from services.enforcer.explain_door import ExplainApi, ExplainOnBus
+from services.enforcer.foreign_api import ForeignApi, forcing
 from services.enforcer.logging_door import LoggingApi
 from services.enforcer.reconciler import NotReady, Reconciler
 from services.enforcer.report import Reporter
@@ -114,7 +116,7 @@ def recorded(records: Records) -> list[Container]:
 
 async def serve(settings: EnforcerSettings) -> None:
     """Run the enforcer until cancelled."""
-    kernel = KernelThread("kernel")
+    kernel, counting = KernelThread("kernel"), KernelThread("counters")
     reconciler = Reconciler(settings, kernel)
     try:
         await reconciler.open()
@@ -135,14 +137,17 @@ async def serve(settings: EnforcerSettings) -> None:
             await ExplainOnBus(connection, explainer, settings.cell).listen()
             events = DeniedEvents(connection, cell_name(settings.cell), settings.denied_events_per_sec)
             traffic = Traffic(settings, reconciler.model, kernel, events)
-            doors = (api, ExplainApi(explainer, settings.cell), LoggingApi(reconciler))
+            counters = Counters(reconciler, counting)
+            doors = (api, ExplainApi(explainer, settings.cell), LoggingApi(reconciler), counters)
+            foreign = ForeignApi(reconciler, dynamic=settings.dynamic_security_groups)
             app = application([route for door in doors for route in door.routes()], health)
             async with (
                 asyncio.TaskGroup() as tasks,
                 serving_privately(app, settings.socket("enforcer")),
+                forcing(foreign, settings.force_policy_poll_cycle_host, settings.force_policy_poll_cycle_port),
             ):
-                for work in (policies.run(), leases.run(), reconciler.run(), reporter.run(), traffic.run()):
-                    tasks.create_task(work)
+                for each in (policies, leases, reconciler, reporter, traffic, counters):
+                    tasks.create_task(each.run())
                 if settings.dynamic_security_groups:
                     groups.listen(reconciler.update_security_groups)
                     tasks.create_task(groups.run())
@@ -156,6 +161,7 @@ async def serve(settings: EnforcerSettings) -> None:
                 await asyncio.Event().wait()
     finally:
         kernel.close()
+        counting.close()
 
 
 def main() -> None:

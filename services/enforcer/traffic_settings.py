@@ -22,9 +22,8 @@ class TrafficSettings(CellSettings):
     traffic_log: Path | None = setting("file of the traffic log; standard output if not set", None)
     nflog_group: int = setting("NFLOG group by which rules hand packets to the enforcer", 7362)
     denied_events_per_sec: int = setting("denied-flow events a second that are sent on the bus; 0: none", 10)
-    force_listen: str = setting(
-        "host:port of the original agent's force-… calls (it had 127.0.0.1:8722); empty: none", ""
-    )
+    force_policy_poll_cycle_host: str = setting("address for the original agent's force-… calls", "127.0.0.1")
+    force_policy_poll_cycle_port: int = setting("port for them (the original has 8722); 0: none", 0)
 
     def __post_init__(self) -> None:
         CellSettings.__post_init__(self)
@@ -33,5 +32,9 @@ class TrafficSettings(CellSettings):
                 raise Malformed(f"{name}: must be in 1..{MAX_PER_SECOND}, not {getattr(self, name)}")
         if not 0 <= self.denied_events_per_sec <= MAX_PER_SECOND:
             raise Malformed(f"denied_events_per_sec: must be in 0..{MAX_PER_SECOND}, not {self.denied_events_per_sec}")
+        if not 0 <= self.force_policy_poll_cycle_port <= 65535:
+            raise Malformed(
+                f"force_policy_poll_cycle_port: must be in 0..65535, not {self.force_policy_poll_cycle_port}"
+            )
         if not 0 < self.nflog_group <= 0xFFFF:
             raise Malformed(f"nflog_group: must be in 1..65535, not {self.nflog_group}")
