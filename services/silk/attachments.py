@@ -192,7 +192,8 @@ class Attachments:
         there = {link.handle for link in links} | {link.address for link in links}
         vanished = [note for note in self._notes.all() if not there & {note.handle, note.address}]
         done = [f"vanished link of {note.handle}" for note in vanished if self._restored(note)]
-        self._remove_ifbs()
+        if any(note.bandwidth.egress is not None for note in vanished):
+            self._remove_ifbs()
         return done
 
     def _restored(self, note: Note) -> bool:

@@ -93,9 +93,9 @@ class CellNetwork:
             self._inspect_device(found)
         if self._peers is not None:
             entries = noticed.entries or noticed.all
-            found.sweep = found.sweep or entries or self._peers.contradicts(noticed.forwarding)
-        if noticed.links or noticed.all:
-            found.mended += self._attachments.mend(None if noticed.all else noticed.links)
+            found.sweep = found.sweep or entries or self._peers.contradicts(noticed.forwarding, noticed.neighbours)
+        if noticed.links or noticed.down or noticed.all:
+            found.mended += self._attachments.mend(None if noticed.all else noticed.links | noticed.down)
         if noticed.vanished or noticed.all:
             found.mended += self._attachments.restore()
         if (noticed.settings or noticed.all) and self.containers() and write_sysctl("ipv4/ip_forward", "1"):

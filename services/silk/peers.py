@@ -98,10 +98,11 @@ class Peers:
             log.warning("overlay entries had drifted: somebody else changed them", extra=fields)
         return replace(self.apply(wanted, delete=delete), drifted=drifted)
 
-    def contradicts(self, forwarding: Mapping[str, IPv4Address | None]) -> bool:
-        """Whether we made something else of these entries: MAC -> destination, None for one that is gone."""
-        actual = self._actual.forwarding
-        return any(actual.get(mac) != to and _is_vteps(mac, self._overlay) for mac, to in forwarding.items())
+    def contradicts(self, forwarding: Mapping[str, IPv4Address | None], gone: Collection[IPv4Address]) -> bool:
+        """Whether we made something else of these entries: MAC -> destination, None if gone; and neighbours gone."""
+        actual = self._actual
+        moved = (actual.forwarding.get(mac) != to and _is_vteps(mac, self._overlay) for mac, to in forwarding.items())
+        return any(moved) or any(address in actual.neighbours for address in gone)
 
     def apply(self, wanted: Entries, *, delete: bool = True) -> Result:
         """Carry out the difference to what is there. Without `delete` nothing is removed, only added and changed."""

@@ -40,6 +40,7 @@ _NEWNETCONF = 80
 _NETCONF_INDEX, _NETCONF_FORWARDING, _NETCONF_RP_FILTER = 1, 2, 3  # linux/netconf.h
 _ALL_LINKS = -1
 _RTA_DST, _RTA_OIF = 1, 4
+_NDA_DST = 1
 _AF_BRIDGE = 7
 _BUFFER = 4 << 20
 _AT_ONCE = 500
@@ -51,20 +52,25 @@ _INT = struct.Struct("=i")
 class Noticed:
     """What there is reason to look at: the overlay device; routes and neighbours of ours; container links, by index.
 
-    `forwarding` is what became of entries of the device: MAC -> destination, None for one that is gone. `vanished`:
-    some container's link is no more. `settings`: forwarding of packets was switched off. `all`: notices were lost.
+    `down` are links that are not up as they must be. `forwarding` is what became of entries of the device: MAC ->
+    destination, None for one that is gone; `neighbours` are those of the device that are gone. `vanished`: some
+    container's link is no more. `settings`: forwarding of packets was switched off. `all`: notices were lost.
     """
 
     device: bool = False
     entries: bool = False
     links: set[int] = field(default_factory=set)
+    down: set[int] = field(default_factory=set)
     forwarding: dict[str, IPv4Address | None] = field(default_factory=dict)
+    neighbours: set[IPv4Address] = field(default_factory=set)
     vanished: bool = False
     settings: bool = False
     all: bool = False
 
     def __bool__(self) -> bool:
-        return any((self.device, self.entries, self.links, self.forwarding, self.vanished, self.settings, self.all))
+        entries = self.entries or bool(self.forwarding) or bool(self.neighbours)
+        links = self.vanished or bool(self.links) or bool(self.down)
+        return self.device or entries or links or self.settings or self.all
 
 
 class Watch:
@@ -159,11 +165,15 @@ class Watch:
                 self._noticed.vanished = True
         elif kind == DELLINK:
             self._containers.discard(link.index)
-            self._noticed.vanished |= not ours
+            self._noticed.links.discard(link.index)  # it told of its address and its routes first
+            self._noticed.down.discard(link.index)
+            self._noticed.vanished = True
         else:
             self._containers.add(link.index)
-            if not ours and link.flags & (UP | NOARP) != UP | NOARP:
-                self._noticed.links.add(link.index)
+            if link.flags & (UP | NOARP) == UP | NOARP:
+                self._noticed.down.discard(link.index)  # it is only now being made
+            elif not ours:
+                self._noticed.down.add(link.index)
 
     def _neighbour(self, kind: int, body: bytes) -> None:
         family, index = body[0], _INT.unpack_from(body, 4)[0]
@@ -177,6 +187,8 @@ class Watch:
                 self._noticed.entries = True
             else:
                 self._noticed.forwarding[entry[0]] = entry[1] if kind == NEWNEIGH else None
+        elif kind == DELNEIGH:  # not told by whom
+            self._noticed.neighbours.add(IPv4Address(attributes(body[12:])[_NDA_DST]))
         else:
             self._noticed.entries = True
 

@@ -165,3 +165,34 @@ def cell(make_cell: Callable[[int], TestCell]) -> TestCell:
     made = make_cell(1)
     made.take_up()
     return made
+
+
+@pytest.fixture
+def start(make_cell: Callable[[int], TestCell], namespaces: Namespaces, tmp_path: Path) -> Iterator[Any]:
+    """Starts a centre with these settings, and COUNT cells' workers with `worker`'s."""
+    from tests.silk.processes import Centre, Worker
+
+    made: list[Any] = []
+
+    def begin(
+        count: int = 1,
+        *,
+        centre_up: bool = True,
+        workers_up: bool = True,
+        worker: dict[str, str] | None = None,
+        **settings: str,
+    ) -> tuple[Centre, list[Worker]]:
+        centre = Centre(namespaces.names[0], tmp_path, **settings)
+        made.append(centre)
+        if centre_up:
+            centre.start()
+        workers = [Worker(make_cell(number), tmp_path, **(worker or {})) for number in range(1, count + 1)]
+        for each in workers:
+            made.append(each.process)
+            if workers_up:
+                each.process.start()
+        return centre, workers
+
+    yield begin
+    for each in made:
+        each.stop()

@@ -9,10 +9,13 @@ from services.silk.namespace import Namespace
 
 
 class UdpStream:
-    """Sends a numbered datagram each millisecond from one namespace to `address` in another, while inside."""
+    """Sends a numbered datagram each millisecond from one namespace to `address` in another, while inside.
+
+    What the sender's own kernel refuses to send counts as sent, and as `refused`.
+    """
 
     def __init__(self, source: Namespace, target: Namespace, address: str, port: int = 7000) -> None:
-        self.sent = 0
+        self.sent = self.refused = 0
         self.received = 0
         self._receiver = target.run(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self._receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
@@ -44,7 +47,10 @@ class UdpStream:
 
     def _send(self) -> None:
         while not self._stop.is_set():
-            self._sender.send(str(self.sent).encode())
+            try:
+                self._sender.send(str(self.sent).encode())
+            except OSError:
+                self.refused += 1
             self.sent += 1
             time.sleep(0.001)
 
