@@ -162,13 +162,16 @@ def is_cut(made: socket.socket) -> bool:
 
 
 class Echo:
-    """Answers what it gets, on TCP and UDP, in a container or a cell, for as long as that stands."""
+    """Answers what it gets, on TCP and UDP, in a container or a cell, for as long as that stands.
 
-    def __init__(self, namespace: Namespace, port: int) -> None:
+    Where there are several addresses, datagrams are answered from the one they came to only if it is given.
+    """
+
+    def __init__(self, namespace: Namespace, port: int, address: str = "0.0.0.0") -> None:  # noqa: S104
         def listen() -> tuple[socket.socket, socket.socket]:
-            stream = socket.create_server(("0.0.0.0", port))  # noqa: S104
+            stream = socket.create_server((address, port))
             datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            datagram.bind(("0.0.0.0", port))  # noqa: S104
+            datagram.bind((address, port))
             return stream, datagram
 
         self.stream, self.datagram = inside(namespace.name, listen)
