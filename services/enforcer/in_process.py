@@ -22,7 +22,7 @@ LOCK_WAIT = 0.5
 """Seconds to wait for the xtables lock here; iptables-restore, which queues for it, then waits longer."""
 _MATCHES = frozenset({"tcp", "udp", "mark", "comment"})
 """What the rules of policies are made of. Others have options that python-iptables cannot always set."""
-_CHAINS = ("sb-a-",)
+_CHAINS = ("sb-a-", "sb-g-")
 """Chains of which every rule is such a one: taking others apart has made libiptc read memory that was not its own."""
 _FIELDS = {"-p": "protocol", "-s": "src", "-d": "dst"}
 
