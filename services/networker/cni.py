@@ -1,75 +1,32 @@
-"""The forms of CNI: what a runtime asks, what it is answered, how it is told of errors.
+"""CNI's forms (`bus.cni`) as the networker fills them: what its workflow is asked for, and what it answers."""
 
-CNI spec 1.1.0, sections 2 (execution protocol) and 5 (result types); texts of errors as the Go library gives them
-(contract/cell.md 2.1). Versions 0.3.1 to 1.1.0: older ones have another form of result and no users.
-"""
-
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import bus.cni
+from bus.cni import DECODING_FAILURE as DECODING_FAILURE
+from bus.cni import INTERNAL as INTERNAL
+from bus.cni import INVALID_CONFIG as INVALID_CONFIG
+from bus.cni import INVALID_ENVIRONMENT as INVALID_ENVIRONMENT
+from bus.cni import IO_FAILURE as IO_FAILURE
+from bus.cni import NOT_AVAILABLE as NOT_AVAILABLE
+from bus.cni import TRY_AGAIN_LATER as TRY_AGAIN_LATER
+from bus.cni import UNKNOWN_CONTAINER as UNKNOWN_CONTAINER
+from bus.cni import VERSIONS as VERSIONS
+from bus.cni import Call, items, veth_result, wishes
+from bus.cni import CniError as CniError
+from bus.cni import output as output
 from bus.decode import Fields, Malformed
-from bus.messages import Handle
-from bus.records import file_name
 from services.networker.egress import egress_rules
 from services.networker.forwards import port_forwards
 from services.networker.identity import identity_of
 from services.networker.record import Attachment
 
-VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
-MAX_IFNAME = 15
-
-INCOMPATIBLE_VERSION = 1
-UNKNOWN_CONTAINER = 3
-INVALID_ENVIRONMENT = 4
-IO_FAILURE = 5
-DECODING_FAILURE = 6
-INVALID_CONFIG = 7
-TRY_AGAIN_LATER = 11
-NOT_AVAILABLE = 50
-INTERNAL = 999
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_NEEDS = {
-    "ADD": ("container_id", "netns", "ifname", "path"),
-    "CHECK": ("container_id", "netns", "ifname", "path"),
-    "DEL": ("container_id", "ifname", "path"),
-    "STATUS": ("path",),
-    "GC": ("path",),
-}
-_VARIABLES = {"container_id": "CNI_CONTAINERID", "netns": "CNI_NETNS", "ifname": "CNI_IFNAME", "path": "CNI_PATH"}
-
-
-class CniError(Exception):
-    """An error as CNI tells it: a code, what is wrong, and details."""
-
-    def __init__(self, code: int, message: str, details: str = "", *, version: str = VERSIONS[-1]) -> None:
-        super().__init__(message)
-        self.code = code
-        self.details = details
-        self.version = version
-
-    def output(self) -> str:
-        body: dict[str, Any] = {"cniVersion": self.version, "code": self.code, "msg": str(self)}
-        return output(body | ({"details": self.details} if self.details else {}))
-
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One call of the plugin, checked. STATUS and GC have no handle, netns or ifname: they are empty."""
-
-    command: str
-    handle: Handle
-    netns: str
-    ifname: str
-    arguments: Mapping[str, str]
-    config: Mapping[str, Any]
-
-    @property
-    def version(self) -> str:
-        return str(self.config["cniVersion"])
+class Request(Call):
+    """One call of the plugin, as the networker understands it."""
 
     @property
     def chained(self) -> bool:
@@ -81,7 +38,7 @@ class Request:
         try:
             runtime = Fields(self.config.get("runtimeConfig") or {}, "runtimeConfig")
             # Rules that are not valid let nothing out; only Garden's user can be told of them (garden_door).
-            egress, _ = egress_rules(_items(runtime, "netOutRules"), "runtimeConfig: netOutRules")
+            egress, _ = egress_rules(items(runtime, "netOutRules"), "runtimeConfig: netOutRules")
             result = Fields(self.config, "network configuration").mapping("prevResult") if self.chained else None
             return Attachment(
                 self.handle,
@@ -89,132 +46,19 @@ class Request:
                 self.ifname,
                 str(self.config["name"]),
                 identity_of(self.config, self.arguments),
-                port_forwards(_items(runtime, "portMappings"), "runtimeConfig: portMappings"),
+                port_forwards(items(runtime, "portMappings"), "runtimeConfig: portMappings"),
                 egress,
-                wishes=_wishes(runtime, self.arguments),
+                wishes=wishes(runtime, self.arguments),
                 result=result,
             )
         except Malformed as error:
             raise CniError(INVALID_CONFIG, str(error), version=self.version) from None
 
-    def valid_attachments(self) -> set[tuple[str, str]]:
-        """What GC is to keep: (container id, interface name). Raises CniError; a missing list is not an empty one."""
-        pairs = self.config.get("cni.dev/valid-attachments")
-        try:
-            return {(pair["containerID"], pair["ifname"]) for pair in pairs}  # type: ignore[union-attr]
-        except (TypeError, KeyError):
-            text = "cni.dev/valid-attachments: must be a list of objects with containerID and ifname"
-            raise CniError(INVALID_CONFIG, text, version=self.version) from None
-
-
-def _items(fields: Fields, name: str) -> Sequence[Any]:
-    return fields.items(name) if name in fields else ()
-
-
-def _wishes(runtime: Fields, arguments: Mapping[str, str]) -> dict[str, Any]:
-    """What the silk worker is asked for beside a link: limits of bandwidth, a certain address, a certain MAC.
-
-    They come as the capabilities bandwidth, ips and mac; podman sends the latter two in CNI_ARGS, as IP and MAC.
-    """
-    wishes: dict[str, Any] = {}
-    if "bandwidth" in runtime:
-        wishes["bandwidth"] = dict(runtime.mapping("bandwidth"))
-    ips = _items(runtime, "ips")
-    if len(ips) > 1:
-        raise runtime.malformed("ips", "a container has one address, so at most one can be asked for")
-    address = ips[0] if ips else arguments.get("IP")
-    if address:
-        text = str(address).partition("/")[0]
-        wishes["address"] = str(Fields({"ips": text}, "runtimeConfig").address("ips"))
-    mac = runtime.text("mac") if "mac" in runtime else arguments.get("MAC")
-    if mac:
-        wishes["mac"] = mac.lower()
-    return wishes
-
 
 def parse(call: Fields) -> Request:
     """A call as the shim hands it on (docs/design.md, POST /cni). Raises CniError."""
-    try:
-        texts = {name: call.optional_text(name) or "" for name in ("container_id", "netns", "ifname", "path", "args")}
-        command = call.text("command")
-        json.dumps(texts, ensure_ascii=False).encode()
-    except (Malformed, UnicodeEncodeError) as error:
-        raise CniError(INVALID_ENVIRONMENT, f"environment of the call: {error}") from None
-    if command not in _NEEDS:
-        raise CniError(INVALID_ENVIRONMENT, f"unknown CNI_COMMAND: {command}", f"known: {', '.join(_NEEDS)}, VERSION")
-    missing = [_VARIABLES[name] for name in ("container_id", "netns", "ifname", "path") if _lacks(command, name, texts)]
-    if missing:
-        raise CniError(INVALID_ENVIRONMENT, f"required env variables [{','.join(missing)}] missing")
-    if texts["container_id"]:
-        _check_container_id(texts["container_id"])
-    if texts["ifname"]:
-        _check_ifname(texts["ifname"])
-    config = _config(call)
-    return Request(
-        command=command,
-        handle=Handle(texts["container_id"]),
-        netns=texts["netns"],
-        ifname=texts["ifname"],
-        arguments=_arguments(texts["args"]),
-        config=config,
-    )
-
-
-def _lacks(command: str, name: str, texts: Mapping[str, str]) -> bool:
-    return name in _NEEDS[command] and not texts[name]
-
-
-def _check_container_id(text: str) -> None:
-    if not _NAME.fullmatch(text):
-        raise CniError(INVALID_ENVIRONMENT, "invalid characters in containerID", text)
-    try:
-        file_name(Handle(text))
-    except Malformed as error:
-        raise CniError(INVALID_ENVIRONMENT, "containerID is too long", str(error)) from None
-
-
-def _check_ifname(text: str) -> None:
-    if len(text.encode()) > MAX_IFNAME:
-        raise CniError(INVALID_ENVIRONMENT, "interface name is too long", f"{text}: at most {MAX_IFNAME} bytes")
-    if text in (".", ".."):
-        raise CniError(INVALID_ENVIRONMENT, "interface name is . or ..")
-    if any(character in "/:" or character.isspace() for character in text):
-        raise CniError(INVALID_ENVIRONMENT, "interface name contains / or : or whitespace characters", text)
-
-
-def _config(call: Fields) -> dict[str, Any]:
-    """The network configuration: a JSON object with a name and a version that we speak."""
-    try:
-        text = call.optional_text("config", max_length=1 << 20) or ""
-        config = json.loads(text)
-        # What cannot be written again (lone surrogates, NaN, 1e999) could not be kept in a record either.
-        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise CniError(DECODING_FAILURE, f"error unmarshall network config: {error}") from None
-    if not isinstance(config, dict):
-        raise CniError(DECODING_FAILURE, "error unmarshall network config: it is not a JSON object")
-    version = config.get("cniVersion")
-    if version not in VERSIONS:
-        supported = ", ".join(VERSIONS)
-        details = f"config is {json.dumps(version or '0.1.0')}, plugin supports [{supported}]"
-        raise CniError(INCOMPATIBLE_VERSION, "incompatible CNI versions", details)
-    name = config.get("name")
-    if not isinstance(name, str) or not name:
-        raise CniError(INVALID_CONFIG, "missing network name", "the key `name` of the configuration", version=version)
-    if not _NAME.fullmatch(name):
-        raise CniError(INVALID_CONFIG, "invalid characters found in network name", name, version=version)
-    if not isinstance(config.get("dns", {}), dict):
-        raise CniError(INVALID_CONFIG, "dns: must be an object", version=version)
-    return config
-
-
-def _arguments(text: str) -> dict[str, str]:
-    """CNI_ARGS: `KEY=VALUE;KEY=VALUE`. Keys that are not ours are for others."""
-    pairs = [part.partition("=") for part in text.split(";") if part]
-    for key, equals, _ in pairs:
-        if not key or not equals:
-            raise CniError(INVALID_ENVIRONMENT, f"CNI_ARGS: invalid pair {key!r}", "the form is KEY=VALUE;KEY=VALUE")
-    return {key: value for key, _, value in pairs}
+    found = bus.cni.parse(call)
+    return Request(found.command, found.handle, found.netns, found.ifname, found.arguments, found.config)
 
 
 def result(attachment: Attachment, version: str, dns: Mapping[str, Any]) -> str:
@@ -228,20 +72,18 @@ def result_value(attachment: Attachment, version: str, dns: Mapping[str, Any]) -
     """The result of an attachment by the silk worker."""
     link = attachment.link
     assert link is not None  # noqa: S101 (only complete attachments are answered)
-    host: dict[str, Any] = {"name": link.interface, "mac": link.mac}
-    inside: dict[str, Any] = {"name": attachment.ifname, "mac": link.peer_mac, "sandbox": attachment.netns}
-    address: dict[str, Any] = {"address": f"{link.address}/32", "gateway": str(link.gateway), "interface": 1}
-    if version in ("0.3.1", "0.4.0"):
-        address = {"version": "4", **address}
-    if version == "1.1.0":
-        host, inside = {**host, "mtu": link.mtu}, {**inside, "mtu": link.mtu}
-    return {
-        "cniVersion": version,
-        "interfaces": [host, inside],
-        "ips": [address],
-        "routes": [{"dst": "0.0.0.0/0", "gw": str(link.gateway)}],
-        "dns": dict(dns),
-    }
+    return veth_result(
+        version,
+        ifname=attachment.ifname,
+        netns=attachment.netns,
+        interface=link.interface,
+        mac=link.mac,
+        peer_mac=link.peer_mac,
+        mtu=link.mtu,
+        address=str(link.address),
+        gateway=str(link.gateway),
+        dns=dns,
+    )
 
 
 def contradiction(config: Mapping[str, Any], attachment: Attachment) -> str | None:
@@ -264,8 +106,3 @@ def contradiction(config: Mapping[str, Any], attachment: Attachment) -> str | No
 
 def _objects(value: object) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def output(value: Mapping[str, Any]) -> str:
-    """JSON as CNI plugins print it (contract/cell.md 2.1): four blanks, and a line's end."""
-    return json.dumps(value, indent=4) + "\n"
