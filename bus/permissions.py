@@ -144,7 +144,7 @@ def cell(name: str) -> User:
             Grant("asks for its own lease; the subject says who asks", (subjects.lease(name, "*"),)),
             Grant(
                 "tells of itself and its containers, under its own name only; the latter on JetStream",
-                (subjects.cell(name, "*"),),
+                (subjects.cell(name, "*"), subjects.container(name, "*")),
             ),
         ),
         subscribe=(

@@ -4,8 +4,8 @@
     silkbus.table.TABLE.heartbeat    servers publish, everybody follows
     silkbus.table.TABLE.fetch        everybody asks, one server of the queue group answers
     silkbus.lease.CELL.VERB          CELL asks, one Silk controller answers (VERB: acquire, renew, release)
-    silkbus.cell.CELL.TOPIC          CELL publishes (TOPIC: state, container, denied, explained)
-                                     container is taken in by the JetStream stream SILKBUS_CONTAINERS
+    silkbus.cell.CELL.TOPIC          CELL publishes (TOPIC: state, denied, explained)
+    silkbus.cell.CELL.container.KIND CELL publishes, on JetStream; readers read (KIND: created, ports, deleted)
     silkbus.ask.explain              policy servers ask, each cell answers as silkbus.cell.CELL.explained
     silkbus.event.TABLE.KIND         servers publish, on JetStream; readers read (KIND: two tokens, as policy.added)
     _INBOX.ROLE.NAME.>               what answers NAME; nobody else listens there
@@ -20,8 +20,6 @@ ROOT = "silkbus"
 INBOX = "_INBOX"
 CONTAINERS = "containers"
 """No table: what its stream of events is called after."""
-CONTAINER = "container"
-"""The topic under which a cell tells what becomes of its containers."""
 EXPLAIN = f"{ROOT}.ask.explain"
 """Where all cells at once are asked what becomes of a flow (bus/explaining.py)."""
 
@@ -45,6 +43,11 @@ def lease(cell: CellName | str, verb: str) -> str:
 
 def cell(name: CellName | str, topic: str) -> str:
     return f"{ROOT}.cell.{name}.{topic}"
+
+
+def container(name: CellName | str, kind: str) -> str:
+    """Where a cell tells what becomes of its containers; `*` for cell and kind is what the stream takes in."""
+    return f"{ROOT}.cell.{name}.container.{kind}"
 
 
 def event(table: str, kind: str) -> str:

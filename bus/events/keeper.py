@@ -30,7 +30,7 @@ class ContainerStream:
 
     def __init__(self, connection: Connection, *, readers: Iterable[str] = (), replicas: int = 1) -> None:
         self._connection = connection
-        subject = subjects.cell("*", subjects.CONTAINER)
+        subject = subjects.container("*", "*")
         self._stream = EventStream(subjects.CONTAINERS, readers=readers, replicas=replicas, subject=subject)
         self._reconnected = asyncio.Event()
 

@@ -47,7 +47,7 @@ class Announcer:
         while (event := self._outbox.first) is not None:
             self._reconnected.clear()
             jetstream = self._connection.jetstream(TIMEOUT)
-            subject = subjects.cell(self._cell, subjects.CONTAINER)
+            subject = subjects.container(self._cell, event.kind)
             stream = subjects.event_stream(subjects.CONTAINERS)
             await jetstream.publish(subject, encode(event.data), stream=stream, headers=headers(event, self._cell))
             check_cancelled()
@@ -71,7 +71,7 @@ def headers(event: Lifecycle, cell: CellName) -> dict[str, str]:
         "specversion": "1.0",
         "id": event.id,
         "source": f"/silkbus/containers/{cell}",
-        "type": f"org.silkbus.{event.kind}.v1",
+        "type": f"org.silkbus.container.{event.kind}.v1",
         "subject": event.handle,
         "time": datetime.fromtimestamp(event.at_ms / 1000, UTC).isoformat(timespec="milliseconds"),
         "datacontenttype": "application/msgpack",

@@ -36,7 +36,7 @@ LOST = Counter("silkbus_networker_events_lost_total", "Lifecycle events dropped 
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """One event. Equal ids are the same event, ever."""
+    """One event: created, ports or deleted. Equal ids are the same event, ever."""
 
     id: str
     kind: str
@@ -86,7 +86,7 @@ def event_of(kind: str, cell: CellName, attachment: Attachment) -> Lifecycle:
         "forwards": [forward.encode() for forward in attachment.forwards],
     }
     name = f"containers.{cell}.{attachment.birth}.{kind}{suffix}"
-    return Lifecycle(name, f"container.{kind}", attachment.handle, time.time_ns() // 1_000_000, data)
+    return Lifecycle(name, kind, attachment.handle, time.time_ns() // 1_000_000, data)
 
 
 def _text(value: object) -> str | None:

@@ -18,8 +18,9 @@ from nats.aio.msg import Msg
 
 from bus import subjects
 from bus.connection import connect
-from bus.messages import CellName
+from bus.messages import AppId, CellName, Handle, PortForward, Protocol, Workload
 from bus.process import KernelThread
+from bus.security_groups import SpaceId
 from bus.tables import LEASES, POLICIES, SECURITY_GROUPS, Replica, Table
 from services.enforcer.denied import Denied, DeniedEvents
 from services.enforcer.explain import Explainer
@@ -27,6 +28,10 @@ from services.enforcer.explain_door import ExplainOnBus
 from services.enforcer.reconciler import Reconciler
 from services.enforcer.report import Reporter
 from services.enforcer.settings import EnforcerSettings
+from services.networker.announcer import Announcer
+from services.networker.identity import Identity
+from services.networker.outbox import Outbox, event_of
+from services.networker.record import Attachment, Link
 from services.policy.server import PolicySettings, serve
 from services.silk.client import LeaseClient, LeaseDenied, LeaseLost
 from services.silk.controller import control
@@ -165,6 +170,22 @@ async def report(bus: NatsServer, folder: Path) -> None:
             tasks.create_task(work)
 
 
+async def tell_of_containers(bus: NatsServer, folder: Path) -> None:
+    """What a networker tells, from its outbox."""
+    disk = KernelThread("disk")
+    outbox = Outbox(folder / "events", disk)
+    await outbox.load()
+    link = Link(IPv4Address("10.255.1.2"))
+    whole = Identity(AppId("a"), Workload.APP, SpaceId("s"), (8080,), {"org_id": "o", "log_config": '{"index": 3}'})
+    forwards = (PortForward(61000, 8080), PortForward(53, 53, Protocol.UDP, IPv4Address("10.0.0.5")))
+    for identity, ports in ((whole, forwards), (Identity(), ())):
+        attachment = Attachment(Handle("a handle"), "/n", "eth0", "net", identity, ports, birth="0" * 16, link=link)
+        for kind in ("created", "ports", "deleted"):
+            await outbox.add(event_of(kind, CellName("one"), attachment))
+    async with connect(bus.url, role="cell", name="one-networker") as connection:
+        await Announcer(connection, CellName("one"), outbox).run()
+
+
 async def test_what_is_sent_is_what_is_documented(
     bus: NatsServer, cloud_controller: CloudControllerStub, tmp_path: Path
 ) -> None:
@@ -190,7 +211,10 @@ async def test_what_is_sent_is_what_is_documented(
         max_overdue_share=1.0,
         run_dir=tmp_path,
     )
-    async with recording(bus) as heard, running(serve(policies), control(leases), report(bus, tmp_path)):
+    async with (
+        recording(bus) as heard,
+        running(serve(policies), control(leases), report(bus, tmp_path), tell_of_containers(bus, tmp_path)),
+    ):
         async with running(*(follow(bus, table) for table in (POLICIES, LEASES, SECURITY_GROUPS))):
             await use_policies(f"http://127.0.0.1:{port}")
             await use_leases(bus)

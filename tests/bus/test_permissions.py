@@ -108,13 +108,14 @@ ONLY_THE_CENTRE_HEARS = ["silkbus.table.policies.fetch", "silkbus.table.leases.f
 async def test_a_stolen_cell_certificate_speaks_for_its_cell_alone(guarded: Guarded) -> None:
     others = ["silkbus.lease.cell-2.acquire", "silkbus.lease.cell-2.renew", "silkbus.lease.cell-2.release"]
     others += ["silkbus.cell.cell-2.state", "silkbus.cell.cell-2.explained", "silkbus.cell.cell-2.denied"]
+    others += ["silkbus.cell.cell-2.container.created", "$JS.API.STREAM.CREATE.SILKBUS_CONTAINERS"]
     others += ["silkbus.ask.explain", "silkbus.lease.cell-1", "silkbus.lease.cell-1.acquire.more", "$SRV.PING"]
     async with thief(guarded, CELL, "cell-1") as cell:
         for subject in [*NOBODY_PUBLISHES, *ONLY_THE_CENTRE_PUBLISHES, *others]:
             assert not await cell.publishes(subject), subject
         for subject in ("silkbus.table.leases.fetch", "silkbus.lease.cell-1.acquire", "silkbus.cell.cell-1.state"):
             assert await cell.publishes(subject), subject
-        for topic in ("explained", "denied"):
+        for topic in ("explained", "denied", "container.created"):
             assert await cell.publishes(f"silkbus.cell.cell-1.{topic}")
 
 
