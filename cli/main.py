@@ -18,7 +18,7 @@ GROUPS = {
         "remove-network-policy": ("cli.policies:remove", "Remove network traffic policy of an app"),
         "network-policies": ("cli.policies:show", "List direct network traffic policies"),
     },
-    "The same as the cf CLI plugin of 2017 had it": {
+    "The same, as in the cf CLI plugin of 2017": {
         "allow-access": ("cli.access:allow", "Allow direct network traffic from one app to another"),
         "remove-access": ("cli.access:remove", "Remove policy and deny direct network traffic from one app to another"),
         "deny-access": ("cli.access:deny", "Deprecated! Use remove-access"),
@@ -35,6 +35,17 @@ GROUPS = {
         "history": ("cli.history:show", "Show who changed which policies when"),
         "events": ("cli.events:show", "Show what happens to policies and leases"),
     },
+}
+# What the commands do that other packages bring; one that is not here is listed without.
+OTHERS = {
+    "demo": "Show who reaches whom in a lab, before and after policies",
+    "doctor": "Look at this cell, and say what is wrong and what to do",
+    "install-cni": "Install the CNI plugin of this cell",
+    "install-garden": "Install the external networker for Garden on this cell",
+    "lab": "Cells as network namespaces of this machine",
+    "nats-config": "Write nats-server's configuration, and certificates",
+    "policy": "The policy server's database: migrate, import, restored",
+    "silk": "The leases of cells: list, history, release, expire, import",
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 GROUP = "silkbus.commands"
@@ -92,7 +103,8 @@ def overview() -> str:
     for title, commands in GROUPS.items():
         text += f"\n{title}:\n" + "".join(f"  {name:24}{what}\n" for name, (_, what) in commands.items())
     if others := _others():
-        text += "\nOther commands:\n" + "".join(f"  {name}\n" for name in others)
+        lines = (f"  {name:24}{OTHERS.get(name, '')}".rstrip() + "\n" for name in others)
+        text += "\nFor operators, on a cell or a server:\n" + "".join(lines)
     return text + (
         "\nExamples:\n"
         "  silkbus add-network-policy frontend backend --protocol tcp --port 8080\n"

@@ -65,7 +65,7 @@ class Server:
                 self.serve(connection)
             except EOFError:
                 pass
-            except BaseException as error:
+            except (AssertionError, KeyError, OSError, gob.BadGob) as error:
                 self.problems.append(error)
 
     def serve(self, connection: socket.socket) -> None:
