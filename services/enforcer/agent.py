@@ -116,7 +116,7 @@ def recorded(records: Records) -> list[Container]:
 
 async def serve(settings: EnforcerSettings) -> None:
     """Run the enforcer until cancelled."""
-    kernel, counting = KernelThread("kernel"), KernelThread("counters")
+    kernel, counting, looking = KernelThread("kernel"), KernelThread("counters"), KernelThread("explain")
     reconciler = Reconciler(settings, kernel)
     try:
         await reconciler.open()
@@ -133,7 +133,7 @@ async def serve(settings: EnforcerSettings) -> None:
             health = Health()
             health.check("kernel", lambda: reconciler.problem)
             api = Api(reconciler, lambda: str(policies.state), lambda: str(groups.state))
-            explainer = Explainer(reconciler, kernel, settings.cell)
+            explainer = Explainer(reconciler, looking, settings.cell)
             await ExplainOnBus(connection, explainer, settings.cell).listen()
             events = DeniedEvents(connection, cell_name(settings.cell), settings.denied_events_per_sec)
             traffic = Traffic(settings, reconciler.model, kernel, events)
@@ -160,8 +160,8 @@ async def serve(settings: EnforcerSettings) -> None:
                 reconciler.begin()
                 await asyncio.Event().wait()
     finally:
-        kernel.close()
-        counting.close()
+        for thread in (kernel, counting, looking):
+            thread.close()
 
 
 def main() -> None:

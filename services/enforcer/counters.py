@@ -11,12 +11,11 @@ kernel thread, and rarely enough to take a two-hundredth of the time at most; wh
 """
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from prometheus_client import Counter
 from starlette.requests import Request
@@ -24,12 +23,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bus.log import about
-from bus.messages import AppId, Ports
+from bus.messages import AppId, Ports, Tag
 from bus.process import KernelThread
 from services.enforcer.desired import app_chain, family_of
 from services.enforcer.kernel_view import CannotLook, Held, whole_table
 from services.enforcer.logged import DENY_IN, DENY_OUT
 from services.enforcer.reconciler import Reconciler
+from services.enforcer.settings import Kind
 from services.enforcer.tree import allowing
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ _Rule = tuple[str, str]
 """The chain in which a rule is, by its first of a family, and the rule's hash."""
 _Policy = tuple[AppId, AppId, Ports]
 """Source, destination, ports."""
+_Wanted = list[tuple[AppId, list[tuple[AppId, Tag, tuple[Ports, ...]]]]]
+"""Each destination, with the sources that may reach it: their names, tags and ports."""
 
 
 @dataclass(slots=True)
@@ -91,49 +93,58 @@ class Counters:
     async def read(self) -> None:
         """Read them now. Raises CannotLook."""
         async with self._turn:
-            found = await self._thread.run(whole_table, self._reconciler.kind, "filter")
-            by_rule = _by_rule(found)
-            known: dict[_Policy, _Tally] = {}
-            for policy, rule in self._rules():
-                tally = self._policies.get(policy) or _Tally()
-                ALLOWED.inc(tally.take(by_rule.get(rule, 0)))
-                known[policy] = tally
-            self._policies = known
-            for chain, name in _REFUSING.items():
-                refused = sum(rule.packets for at, rules in found.items() if at.name == chain for rule in rules[1:])
-                REFUSED.labels(name).inc(self._refused[name].take(refused))
+            await self._thread.run(self._read, self._reconciler.kind, self._wanted())
 
     async def counters(self, request: Request) -> Response:
         """`GET /counters[?source=APP][&destination=APP]`: of policies whose destination is here."""
-        wanted = {name: request.query_params.get(name) for name in ("source", "destination")}
+        query = request.query_params
         try:
-            await self.read()
+            async with self._turn:
+                await self._thread.run(self._read, self._reconciler.kind, self._wanted())
+                body = await self._thread.run(self._said, query.get("source"), query.get("destination"))
         except CannotLook as error:
             return JSONResponse({"error": str(error)}, status_code=503)
-        policies: list[dict[str, Any]] = [
-            {
-                "source": source,
-                "destination": destination,
-                "protocol": str(ports.protocol),
-                "start": ports.start,
-                "end": ports.end,
-                "flows": tally.total,
-            }
-            for (source, destination, ports), tally in sorted(self._policies.items())
-            if wanted["source"] in (None, source) and wanted["destination"] in (None, destination)
-        ]
-        refused = {name: tally.total for name, tally in self._refused.items()}
-        return JSONResponse({"since": self.since.isoformat(), "policies": policies, "refused_packets": refused})
+        return Response(body, media_type="application/json")
 
-    def _rules(self) -> Iterator[tuple[_Policy, _Rule]]:
-        """Each policy whose destination is here, and its rule."""
+    def _wanted(self) -> _Wanted:
+        """The policies whose destination is here, to be looked at beside the event loop."""
         model = self._reconciler.model
         apps = {tag: app for app, tag in model.tags.items()}
-        for destination in model.apps():
+        return [(app, [(apps[tag], tag, ports) for tag, ports in model.sources(app).items()]) for app in model.apps()]
+
+    # In the thread, one at a time
+
+    def _read(self, kind: Kind, wanted: _Wanted) -> None:
+        found = whole_table(kind, "filter")
+        by_rule = _by_rule(found)
+        known: dict[_Policy, _Tally] = {}
+        for destination, sources in wanted:
             chain = app_chain(destination)
-            for tag, allowed in model.sources(destination).items():
+            for source, tag, allowed in sources:
                 for ports in allowed:
-                    yield (apps[tag], destination, ports), (chain, allowing(tag, ports).hash)
+                    policy = (source, destination, ports)
+                    tally = known[policy] = self._policies.get(policy) or _Tally()
+                    ALLOWED.inc(tally.take(by_rule.get((chain, allowing(tag, ports).hash), 0)))
+        self._policies = known
+        for chain, name in _REFUSING.items():
+            refused = sum(rule.packets for at, rules in found.items() if at.name == chain for rule in rules[1:])
+            REFUSED.labels(name).inc(self._refused[name].take(refused))
+
+    def _said(self, source: str | None, destination: str | None) -> bytes:
+        policies = [
+            {
+                "source": policy[0],
+                "destination": policy[1],
+                "protocol": str(policy[2].protocol),
+                "start": policy[2].start,
+                "end": policy[2].end,
+                "flows": tally.total,
+            }
+            for policy, tally in sorted(self._policies.items(), key=lambda item: item[0])
+            if source in (None, policy[0]) and destination in (None, policy[1])
+        ]
+        refused = {name: tally.total for name, tally in self._refused.items()}
+        return json.dumps({"since": self.since.isoformat(), "policies": policies, "refused_packets": refused}).encode()
 
 
 def _by_rule(found: Held) -> dict[_Rule, int]:

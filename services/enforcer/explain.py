@@ -76,11 +76,15 @@ class _View:
 
 
 class Explainer:
-    """Answers for one cell, one question after another. For the event loop; the kernel thread does what blocks."""
+    """Answers for one cell, one question after another.
 
-    def __init__(self, reconciler: Reconciler, kernel: KernelThread, cell: str) -> None:
+    `thread` is one in the cell's network namespace that looks at the kernel: not the one that writes rules, which
+    questions shall not hold up.
+    """
+
+    def __init__(self, reconciler: Reconciler, thread: KernelThread, cell: str) -> None:
         self._reconciler = reconciler
-        self._kernel = kernel
+        self._thread = thread
         self._cell = cell
         self._turn = asyncio.Lock()
 
@@ -129,7 +133,7 @@ class Explainer:
 
     async def _look(self, asked: "_Asked") -> tuple[str, "_Kernel | None"]:
         try:
-            return "", await self._kernel.run(_Kernel.look, self._reconciler.kind, asked.visited)
+            return "", await self._thread.run(_Kernel.look, self._reconciler.kind, asked.visited)
         except CannotLook as error:
             log.warning("the kernel cannot be looked at", extra=about(error=str(error)))
             return f"the kernel cannot be looked at: {error}"[:900], None
@@ -140,7 +144,7 @@ class Explainer:
             return None
         if flow.destination in self._reconciler.settings.overlay_network:
             return None
-        return await self._kernel.run(_route_to, flow.destination)
+        return await self._thread.run(_route_to, flow.destination)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Whether the kernel holds, at this moment, certain chains and set members: looked at anew, not as it was noted.
 
 Only for who asks (explain): on nf_tables a process a chain (4 ms), on legacy tables, where any look costs the whole
-table, one for each table. Runs in the kernel thread.
+table, one for each table. Blocks.
 """
 
 import re
@@ -15,7 +15,7 @@ from services.enforcer.rules import ChainId
 from services.enforcer.settings import Kind
 
 TIMEOUT = 30.0
-MANY = 24
+MANY = 40
 """From so many chains of a table on, one look at the whole of it is cheaper."""
 _HASH = re.compile(r' --comment "?sb:([0-9a-f]{12})"?(?: |$)')
 _COUNTERS = re.compile(r"^\[(\d+):(\d+)\] ")

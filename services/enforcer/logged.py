@@ -78,7 +78,8 @@ def _nflog(settings: TrafficSettings, verdict: Verdict, why: Why) -> str:
 
 
 def _limit(per_second: int, name: str, by: str) -> str:
+    # The kernel's table of counts keeps the limit that it was made with, so a new limit needs a new table.
     return (
         f"-m hashlimit --hashlimit-upto {per_second}/sec --hashlimit-burst {per_second}"
-        f" --hashlimit-mode {by} --hashlimit-name {name}"
+        f" --hashlimit-mode {by} --hashlimit-name {name}-{per_second}"
     )
