@@ -17,6 +17,8 @@ from services.networker.cni import VERSIONS
 
 NAME = "silkbus-cni"
 GARDEN = "silkbus-garden"
+SILK = "silkbus-silk"
+"""The same plugin, for the silk worker alone: for those who run somebody else's agent."""
 RUN_DIR = Path("/run/silkbus")
 TIMEOUT = 60.0
 SYSTEM_PYTHON = Path("/usr/bin/python3")
@@ -24,13 +26,16 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 def plugin(name: str, python: Path, run_dir: Path, timeout: float) -> str:
     """A plugin's text for the cell whose services have their sockets in `run_dir`; it waits `timeout` seconds."""
-    text = (files("services.networker") / "shims" / name).read_text()
+    text = (files("services.networker") / "shims" / (NAME if name == SILK else name)).read_text()
+    service = "silk" if name == SILK else "networker"
     constants: dict[str, object] = {
-        "SOCKET": str(run_dir.absolute() / "networker" / "networker.sock"),
+        "SOCKET": str(run_dir.absolute() / service / f"{service}.sock"),
         "TIMEOUT": timeout,
     }
-    if name == NAME:
+    if name != GARDEN:
         constants["VERSIONS"] = list(VERSIONS)
+    if name == SILK:
+        constants |= {"PROGRAM": SILK, "SERVICE": "silk worker", "DAEMON": "silkbus-silk-worker"}
     lines = text.splitlines()
     lines[0] = f"#!{python} -IS"
     for name, value in constants.items():
@@ -39,9 +44,9 @@ def plugin(name: str, python: Path, run_dir: Path, timeout: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def conflist() -> str:
+def conflist(name: str = NAME) -> str:
     """An example of a network configuration that uses the plugin."""
-    value = {"cniVersion": "1.0.0", "name": "silkbus", "plugins": [{"type": NAME}]}
+    value = {"cniVersion": "1.0.0", "name": "silkbus", "plugins": [{"type": name}]}
     return json.dumps(value, indent=2) + "\n"
 
 
@@ -65,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command install-cni; `arguments` without its name. Answers the exit code."""
     parser = _parser("install-cni", "Install the CNI plugin of this cell.", "the runtime's folder, as /opt/cni/bin")
     parser.add_argument("--conflist", type=Path, metavar="FILE", help="write an example configuration, not print it")
+    parser.add_argument("--silk", action="store_true", help=f"{SILK}: links only, for a cell with another agent")
     options = _options(parser, arguments)
-    code = _install(NAME, options, [] if options.conflist is None else [(options.conflist, conflist())])
+    name = SILK if options.silk else NAME
+    code = _install(name, options, [] if options.conflist is None else [(options.conflist, conflist(name))])
     if code == 0 and options.conflist is None:
-        print(conflist(), end="")
+        print(conflist(name), end="")
     return code
 
 

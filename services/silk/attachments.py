@@ -31,6 +31,10 @@ class Conflict(Exception):
     """What was asked for contradicts what is there. The text says both."""
 
 
+class NotAttached(Exception):
+    """The container is not attached, or not as it must be. The text says what is missing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a container is to get. Without `address` any free one, without `mac` that of the address."""
@@ -132,14 +136,17 @@ class Attachments:
         log.info("attached", extra=about(handle=wanted.handle, address=str(address), netns=wanted.netns))
         return Attachment(address, self._mtu, self._mac(note))
 
-    def detach(self, handle: Handle, address: IPv4Address | None) -> None:
+    def detach(self, handle: Handle, address: IPv4Address | None, interface: str | None = None) -> None:
         """Remove the container's link and give its address back.
 
         `address` is what the caller knows to be its address, used when there is no link any more. A handle that is not
-        attached is no error. Raises OSError with the kernel's reason.
+        attached is no error, nor is one whose interface has another name than `interface`, if that is given. Raises
+        OSError with the kernel's reason.
         """
         links = self.clean()
         note = self._notes.get(handle)
+        if note is not None and interface not in (None, note.interface):
+            return
         # First: what is not noted is not made again by those who mend.
         self._notes.delete(handle)
         owned = [link for link in links if link.handle == handle]
@@ -157,6 +164,18 @@ class Attachments:
                 self._pool.release(each)
         if owned:
             log.info("detached", extra=about(handle=handle, addresses=[str(each) for each in released]))
+
+    def check(self, handle: Handle, netns: str, interface: str) -> Attachment:
+        """The container's attachment, if it is whole at both ends. Raises NotAttached, NamespaceError or OSError."""
+        link = next((link for link in self._links.all() if link.handle == handle), None)
+        if link is None:
+            raise NotAttached(f"container {handle!r} has no link on this cell")
+        note = self._notes.get(handle)
+        mac = container_mac(link.address) if note is None else self._mac(note)
+        with opened(netns) as namespace:
+            if not is_attached(link, namespace, interface, mac):
+                raise NotAttached(f"{interface!r} in {netns} is not, or not wholly, the other end of {link.link.name}")
+        return Attachment(link.address, link.link.mtu, mac)
 
     def all(self) -> list[ContainerLink]:
         """Every container's link, also those that somebody else made."""

@@ -32,6 +32,7 @@ from services.silk.client import LeaseDenied, LeaseLost
 from services.silk.directory import Directory, Lessor
 from services.silk.mending import REPAIRS, Mender
 from services.silk.network import CellNetwork
+from services.silk.notes import Note
 from services.silk.overlay import Device, OverlayError
 from services.silk.peers import desired
 from services.silk.problems import Problem
@@ -111,15 +112,27 @@ class Cell:
 
     async def attach(self, wanted: Wanted) -> Attachment:
         """Raises NoLease, and what `Attachments.attach` raises."""
-        self.overlay()
-        if self._refusal is not None:
-            raise NoLease(self._refusal)
+        self.accepting()
         with ATTACH.time():
             return await self._kernel.run(self._network.attach, wanted)
 
-    async def detach(self, handle: Handle, address: IPv4Address | None) -> None:
-        """Raises OSError."""
-        await self._kernel.run(self._network.detach, handle, address)
+    def accepting(self) -> None:
+        """Raise NoLease if this cell takes no containers now."""
+        self.overlay()
+        if self._refusal is not None:
+            raise NoLease(self._refusal)
+
+    async def detach(self, handle: Handle, address: IPv4Address | None, *, interface: str | None = None) -> None:
+        """Raises OSError. With `interface`, only if that is its name in the container."""
+        await self._kernel.run(self._network.detach, handle, address, interface)
+
+    async def check(self, handle: Handle, netns: str, interface: str) -> Attachment:
+        """The container's attachment, if it is whole. Raises NotAttached, NamespaceError or OSError."""
+        return await self._kernel.run(self._network.check, handle, netns, interface)
+
+    async def notes(self) -> list[Note]:
+        """What this cell was asked to attach."""
+        return await self._kernel.run(self._network.notes)
 
     async def drain(self) -> int:
         """Take no more containers, until the worker is started anew; how many are left. Raises OSError."""

@@ -1,7 +1,6 @@
 """The worker's calls on the cell's private socket (docs/design.md, "Cell, on Unix sockets")."""
 
 import logging
-import re
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
@@ -17,13 +16,13 @@ from services.silk.addresses import Exhausted
 from services.silk.attachments import Conflict, Wanted
 from services.silk.bandwidth import Bandwidth
 from services.silk.cell import Cell, NoLease
+from services.silk.cni_door import CniDoor
+from services.silk.links import unicast_mac
 from services.silk.namespace import NamespaceError
 from services.silk.settings import MAX_INTERFACE_NAME
 
 log = logging.getLogger(__name__)
 
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-_NO_MAC = "00:00:00:00:00:00"
 _STATUS: dict[type[Exception], int] = {
     NamespaceError: 400,
     Conflict: 409,
@@ -48,7 +47,7 @@ def routes(cell: Cell) -> list[Route]:
                 netns=fields.text("netns"),
                 interface=_interface(fields),
                 address=fields.address("address") if "address" in fields else None,
-                mac=_mac(fields) if "mac" in fields else None,
+                mac=unicast_mac(fields) if "mac" in fields else None,
                 bandwidth=Bandwidth.decode(fields.mapping("bandwidth")) if "bandwidth" in fields else None,
             )
         )
@@ -76,6 +75,7 @@ def routes(cell: Cell) -> list[Route]:
         Route("/", _answered(overlay)),
         Route("/problems", _answered(problems)),
         Route("/leases", _answered(leases)),
+        Route("/cni", CniDoor(cell).post, methods=["POST"]),
         Route("/drain", _answered(drain), methods=["POST"]),
         Route("/teardown", _answered(teardown), methods=["POST"]),
         Route("/attach", _answered(attach), methods=["POST"]),
@@ -104,13 +104,6 @@ def _handle(fields: Fields) -> Handle:
         raise fields.malformed("handle", "has characters that cannot be printed")
     file_name(Handle(handle))  # what has no record's name cannot be a container
     return Handle(handle)
-
-
-def _mac(fields: Fields) -> str:
-    text = fields.text("mac").lower().replace("-", ":")
-    if not _MAC.fullmatch(text) or text == _NO_MAC or int(text[:2], 16) & 1:
-        raise fields.malformed("mac", f"{text!r} is not the MAC address of one interface, as 02:00:00:00:00:01")
-    return text
 
 
 def _interface(fields: Fields) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+from bus.decode import Fields
 from bus.failpoints import failpoint
 from bus.log import about
 from bus.messages import Handle
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 
 GATEWAY = IPv4Address("169.254.0.1")
 _NAME = re.compile(r"s-(\d{3})(\d{3})(\d{3})(\d{3})")
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_NO_MAC = "00:00:00:00:00:00"
 _EVERYWHERE = IPv4Network("0.0.0.0/0")
 
 
@@ -76,6 +79,14 @@ def host_mac(address: IPv4Address) -> str:
 
 def container_mac(address: IPv4Address) -> str:
     return "ee:ee:" + mac_text(address.packed)
+
+
+def unicast_mac(fields: Fields) -> str:
+    """The field `mac`, which must be the address of one interface. Raises Malformed."""
+    text = fields.text("mac").lower().replace("-", ":")
+    if not _MAC.fullmatch(text) or text == _NO_MAC or int(text[:2], 16) & 1:
+        raise fields.malformed("mac", f"{text!r} is not the MAC address of one interface, as 02:00:00:00:00:01")
+    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from services.silk.attachments import Attachment, Attachments, Wanted
 from services.silk.bandwidth import Bandwidth
 from services.silk.namespace import write_sysctl
 from services.silk.netlink import Netlink
+from services.silk.notes import Note
 from services.silk.overlay import Device, Overlay
 from services.silk.peers import Entries, Peers, Result
 from services.silk.problems import Facts, Problem, find
@@ -105,8 +106,14 @@ class CellNetwork:
     def attach(self, wanted: Wanted) -> Attachment:
         return self._attachments.attach(wanted)
 
-    def detach(self, handle: Handle, address: IPv4Address | None) -> None:
-        self._attachments.detach(handle, address)
+    def detach(self, handle: Handle, address: IPv4Address | None, interface: str | None = None) -> None:
+        self._attachments.detach(handle, address, interface)
+
+    def check(self, handle: Handle, netns: str, interface: str) -> Attachment:
+        return self._attachments.check(handle, netns, interface)
+
+    def notes(self) -> list[Note]:
+        return self._attachments.notes()
 
     def problems(self, own: Lease | None, leases: list[Lease]) -> list[Problem]:
         """What on this cell is in the way. Raises OSError."""
