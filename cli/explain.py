@@ -5,6 +5,7 @@ with an instance make of it, and whether that cell's kernel has these rules. Wit
 """
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -24,6 +25,7 @@ CONTRADICTION = 3
 EXIT_CODES = (
     "exit codes: 0 allowed, 1 not allowed, 2 an error, 3 policies, cells, kernels or probe contradict each other"
 )
+GUID_LENGTH = 32
 HEADER = ("cell", "container", "address", "verdict", "kernel", "why")
 REACHED = ("connected", "sent", "refused")
 """What a probe meets when no rule is in the way: an app that does not listen refuses, too."""
@@ -65,7 +67,8 @@ def show(argv: list[str]) -> int:
             if arguments.output != "table":
                 output.structured(arguments.output, {**answer, "contradictions": found})
             else:
-                _print(answer, source, destination, arguments, found)
+                named = json.loads(_with_names(json.dumps(answer), source, destination))
+                _print(named, source, destination, arguments, list(contradictions(named)))
             allowed = bool(answer["allowed"])
         except (KeyError, TypeError, ValueError) as error:
             raise Failed(f"{session.client.server.url} answered what is not understood: {error!r}") from None
@@ -103,6 +106,14 @@ def contradictions(answer: Any) -> Iterator[str]:
                 path = f"{instance['handle']} to {probe['address']}"
                 verdict = verdicts.get(probe["address"], "unknown")
                 yield f"Tried from {path}: {probe['outcome']}{_error(probe)}, while the verdict there is {verdict}"
+
+
+def _with_names(text: str, *apps: App) -> str:
+    """Cells know apps by their GUIDs only."""
+    for app in apps:
+        if len(app.guid) >= GUID_LENGTH:  # what is short may be part of another word
+            text = text.replace(json.dumps(app.guid)[1:-1], json.dumps(app.name)[1:-1])
+    return text
 
 
 def _instances(answer: Any, end: str) -> list[Any]:

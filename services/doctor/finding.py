@@ -53,4 +53,8 @@ def guarded(check: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Findi
         yield from look()
     except Exception as error:  # a sick cell may fail in any way, which is a finding, too
         log.debug("check failed", exc_info=True)
-        yield unknown(check, f"could not be looked at: {error!r}", "run as root on the cell; see with --verbose")
+        yield unknown(
+            check,
+            f"could not be looked at: {type(error).__name__}: {error}",
+            "run as root on the cell; see with --verbose",
+        )
