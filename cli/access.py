@@ -85,8 +85,8 @@ def show(argv: list[str]) -> int:
 
 
 def _names(session: Session, policies: Sequence[Policy]) -> dict[str, str]:
-    """The names by GUID of the apps that are shown: the targeted space's, or all if none is targeted."""
-    if session.space is not None:
+    """The names by GUID of the apps that are shown: of the targeted space or org, or all."""
+    if session.org is not None or session.space is not None:
         return {app.guid: app.name for app in session.apps.within(session.org, session.space)}
     known = session.apps.known(guid for policy in policies for guid in (policy.source, policy.destination))
     return {guid: app.name for guid, app in known.items()}

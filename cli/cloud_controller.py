@@ -60,9 +60,14 @@ class CloudController:
         found: dict[Place, App] = {}
         for (org, space), apps in names.items():
             guid = self._space(org, space)
-            for item in self._listed("apps", "names", apps, space_guids=guid):
-                place = Place(org, space, _text(item, "name"))
-                found[place] = self._seen(App(_text(item, "guid"), place.name, space, org))
+            items = self._listed("apps", "names", apps, space_guids=guid)
+            there = {_text(item, "name"): item for item in items}
+            # On MySQL names are compared without regard to case.
+            resembling = {name.casefold(): item for name, item in there.items()}
+            for name in apps:
+                if item := there.get(name) or resembling.get(name.casefold()):
+                    app = App(_text(item, "guid"), _text(item, "name"), space, org)
+                    found[Place(org, space, name)] = self._seen(app)
         return found
 
     def within(self, org: str | None, space: str | None) -> list[App]:
@@ -70,7 +75,8 @@ class CloudController:
             items = self._pages("/v3/apps", space_guids=self._space(org, space))
             return [self._seen(App(_text(item, "guid"), _text(item, "name"), space, org)) for item in items]
         filters = {} if org is None else {"organization_guids": self._org(org)}
-        return list(self._placed(self._pages("/v3/apps", **filters)).values())
+        apps = self._placed(self._pages("/v3/apps", **filters)).values()
+        return [app for app in apps if space in (None, app.space)]
 
     def known(self, guids: Iterable[str]) -> dict[str, App]:
         wanted = list(dict.fromkeys(guids))

@@ -71,7 +71,7 @@ def show(argv: list[str]) -> int:
     """`silkbus network-policies`; the exit code."""
     parser = command_line.api_parser(
         "network-policies",
-        "List direct network traffic policies: those of the targeted space's apps, or all if none is targeted.",
+        "List direct network traffic policies: those of the apps of the targeted space or org, or all.",
         [
             ("", "every policy whose source is in the targeted space"),
             ("--source frontend", "only those of one app"),
@@ -88,7 +88,7 @@ def show(argv: list[str]) -> int:
         if arguments.source is not None:
             app = session.source(arguments.source)
             of, sources = f" of app {terminal.name(app.name)}", [app]
-        elif session.space is not None:
+        elif session.org is not None or session.space is not None:
             sources = session.apps.within(session.org, session.space)
         if arguments.output == "table":
             terminal.say(f"Listing network policies{of}{_place(session.org, session.space)}{_as(session)}...\n")

@@ -8,6 +8,7 @@ import base64
 import http.client
 import json
 import logging
+import os
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
+from cli import trace
 from cli.errors import Failed
 from cli.login import Login
 
@@ -69,6 +71,8 @@ class Server:
                 content = response.read()
             except (OSError, http.client.HTTPException) as error:
                 raise self._silent(method, path, body, error) from None
+            status = f"{response.status} {response.reason}"
+            trace.write("RESPONSE", status, response.headers.items(), content)
             return Answer(response.status, response.headers, content)
 
     @contextmanager
@@ -115,6 +119,7 @@ class Server:
         target = (url.path or "/") + (f"?{url.query}" if url.query else "")
         if url.scheme == "http" and _proxy(url) is not None:
             target = f"http://{url.netloc}{target}"
+        trace.write("REQUEST", f"{method} {self.url}{path}", headers.items(), data)
         try:
             connection.request(method, target, data, headers)
             return connection.getresponse()
@@ -130,7 +135,7 @@ class Server:
         proxy = _proxy(url)
         where = f"{url.scheme}://{url.netloc}"
         try:
-            connection = self._connection(url, proxy, timeout)
+            connection = self._connection(url, proxy, _dial_timeout())
             # Once more for a server that is just being restarted. Nothing was sent yet, so nothing is done twice.
             again = Retrying(
                 retry=retry_if_exception_type(ConnectionRefusedError),
@@ -140,6 +145,7 @@ class Server:
                 reraise=True,
             )
             again(connection.connect)
+            connection.sock.settimeout(timeout)
         except ssl.SSLCertVerificationError as error:
             raise Failed(
                 f"{where}: its certificate is not trusted: {error.verify_message}. Name its authority's certificate"
@@ -167,6 +173,12 @@ class Server:
             login = {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode()}
             connection.set_tunnel(url.hostname or "", url.port or 443, login if proxy.username else {})
         return connection
+
+
+def _dial_timeout() -> float:
+    """Seconds for connecting: as cf has it from the environment, or ours."""
+    given = os.environ.get("CF_DIAL_TIMEOUT", "")
+    return float(given) if given.isascii() and given.isdigit() and int(given) else TIMEOUT
 
 
 def _proxy(url: SplitResult) -> SplitResult | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from starlette.requests import Request
 
 from cli import cf_login
 from cli.apps import App, Place
@@ -16,7 +17,7 @@ from cli.errors import Failed
 from cli.login import FixedToken
 from cli.web import Server
 from tests.cli.conftest import WRONG_TOKEN, Result, Run
-from tests.cli.foundation import CF, Foundation, login, old_token
+from tests.cli.foundation import CF, Controller, Foundation, login, old_token
 from tests.cli.test_policies import failed, rows
 from tests.policy.server import ADMIN_TOKEN, POLICIES
 from tests.policy.stubs import LOGIN
@@ -89,6 +90,11 @@ def test_without_a_target_it_is_said_how_to_set_one(silkbus: Run, home: Path, pl
     assert "no org and space targeted. Use `cf target -o ORG -s SPACE`, or set SILKBUS_ORG" in result.err
     result = silkbus("add-network-policy", "front", "back", SILKBUS_ORG="acme", SILKBUS_SPACE="dev")
     assert result.code == 0, result.err
+    # Of an org alone: of all its apps, and of no other's.
+    assert rows(silkbus("network-policies", SILKBUS_ORG="other")) == []
+    result = silkbus("network-policies", SILKBUS_ORG="acme")
+    assert result.out.startswith("Listing network policies in org acme as admin...\n")
+    assert rows(result) == [("front", "back", "tcp", "8080", "dev", "acme")]
 
 
 def test_an_expired_token_is_renewed_and_written_back(silkbus: Run, home: Path, place: Foundation) -> None:
@@ -254,6 +260,23 @@ def test_a_broken_file_of_cf_is_named(bare: Run, home: Path, place: Foundation) 
     assert bare("network-policies").err.startswith("No API endpoint set. Log in with `cf login`")
 
 
+def test_what_is_sent_can_be_seen_without_secrets(silkbus: Run, home: Path, place: Foundation) -> None:
+    token = old_token(place.uaa)
+    file = login(home, place.controller, token)
+    result = silkbus("add-network-policy", "front", "back", CF_TRACE="true", CF_DIAL_TIMEOUT="5")
+    assert result.code == 0
+    assert result.out.endswith("\nOK\n\n")
+    assert result.err.count("\nREQUEST: [") == result.err.count("\nRESPONSE: [") == 4
+    assert f"\nGET {place.controller.url}/v3/apps?names=front&space_guids=space-1\n" in result.err
+    assert '{"policies":[{"source":{"id":"guid-front"}' in result.err
+    assert "Authorization: [PRIVATE DATA HIDDEN]\n" in result.err
+    assert "grant_type=refresh_token&refresh_token=[PRIVATE DATA HIDDEN]\n" in result.err
+    now = json.loads(file.read_text())
+    for secret in (token, now["AccessToken"].removeprefix("bearer "), "refresh-0", now["RefreshToken"]):
+        assert secret not in result.err
+    assert silkbus("network-policies", CF_TRACE="1").err == ""
+
+
 class Proxy(BaseHTTPRequestHandler):
     """Answers every URL itself, as a policy server without policies."""
 
@@ -306,6 +329,23 @@ def test_many_apps_take_few_requests(place: Foundation) -> None:
     assert max(len(path) for path in place.asked()) < 8000
     assert len(again.within("acme", None)) == count
     assert len(again.within(None, None)) == count
+    assert (len(again.within(None, "prod")), again.within(None, "dev")) == (count, [])
+
+
+@pytest.mark.usefixtures("trusting")
+def test_a_cloud_controller_that_ignores_case(place: Foundation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def matches(_: object, request: Request, *row: str) -> bool:
+        _, name, space = row
+        asked = request.query_params
+        return space == asked.get("space_guids", space) and name.lower() in asked.get("names", name).lower().split(",")
+
+    monkeypatch.setattr(Controller, "_wanted", matches)
+    apps = CloudController(Server(place.controller.url, FixedToken(place.token)))
+    apps.remember(("org-1", "acme"), ("space-1", "dev"))
+    assert apps.find("Front", "acme", "dev") == App("guid-front", "front", "dev", "acme")
+    place.controller.apps["guid-other"] = ("FRONT", "space-1")
+    assert apps.find("FRONT", "acme", "dev").guid == "guid-other"
+    assert apps.find("front", "acme", "dev").guid == "guid-front"
 
 
 @pytest.mark.usefixtures("trusting")
