@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from bus.messages import CellName, Container
-from bus.security_groups import SpaceId
+from bus.messages import CellName, Container, Revision, SecurityGroup, Workload
+from bus.security_groups import AddressRange, EgressProtocol, EgressRule, GroupId, SpaceId
+from bus.tables import Update
 from services.enforcer.denied import DeniedEvents
 from services.enforcer.nflog import NflogSocket
 from services.enforcer.traffic import Traffic
@@ -268,3 +269,92 @@ async def test_a_group_that_another_reads_is_named_and_taken_when_free(cell: Cel
         taken.close()
         await until(lambda: traffic.problem is None)
         task.cancel()
+
+
+def group(guid: str, *networks: str, log: bool = False) -> SecurityGroup:
+    """Everything to these networks, for all running apps."""
+    destinations = tuple(AddressRange.parse(network) for network in networks)
+    return SecurityGroup(
+        GroupId(guid), guid, (EgressRule(EgressProtocol.ALL, destinations, log=log),), running_default=True
+    )
+
+
+@asynccontextmanager
+async def logging_groups(
+    cell: Cell, kind: str, tmp_path: Path, box: Box, *groups: SecurityGroup, **settings: Any
+) -> AsyncIterator[Logging]:
+    """With these security groups in force for the box, and a way out of the cell."""
+    cell.ip("route add default dev under")
+    box.container = replace(named(box), workload=Workload.APP)
+    async with logging(cell, kind, tmp_path, known=tags(web=5), **settings) as made:
+        model = made.enforcer.reconciler.model
+        model.update_security_groups(Update(Revision(1), {(each.guid,): each for each in groups}))
+        model.use_security_groups(True)
+        await made.enforcer.reconciler.sync()
+        yield made
+
+
+async def seen(made: Logging, box: Box, *addresses: str) -> dict[str, str]:
+    """What is logged of one datagram to each of these: destination -> message. The last one must be."""
+    for address in addresses:
+        await in_thread(send, box, address, 53)
+        await asyncio.sleep(0.05)
+    await until(lambda: any(line["data"]["packet"]["dst_ip"] == addresses[-1] for line in made.lines))
+    return {line["data"]["packet"]["dst_ip"]: line["message"].rpartition(".")[2] for line in made.lines}
+
+
+async def test_a_rule_that_says_log_logs_just_that(cell: Cell, kind: str, tmp_path: Path) -> None:
+    web = cell.box("web")
+    groups = group("silent", "203.0.113.0/25"), group("loud", "203.0.113.128/25", log=True)
+    async with logging_groups(cell, kind, tmp_path, web, *groups) as made:
+        found = await seen(made, web, "203.0.113.1", "198.51.100.1", "203.0.113.129")
+        assert found == {"203.0.113.129": "egress-allowed"}
+        (line,) = made.lines
+        assert line["data"]["reason"] == "group"
+        assert line["data"]["source"]["app_guid"] == "web"
+        # What is refused is said on the bus all the same.
+        await until(lambda: [flow["destination"]["address"] for flow in made.said.flows] == ["198.51.100.1"])
+
+
+async def test_all_groups_and_all_that_is_refused(cell: Cell, kind: str, tmp_path: Path) -> None:
+    web = cell.box("web")
+    settings = {"log_security_groups": True, "log_denied": True, "denied_logs_per_sec": 10}
+    denied = {"deny_networks_always": ("203.0.113.64/32",)}
+    async with logging_groups(cell, kind, tmp_path, web, group("g", "203.0.113.0/24"), **settings, **denied) as made:
+        found = await seen(made, web, "203.0.113.64", "169.254.169.254", "198.51.100.1", "203.0.113.1")
+        assert found == {
+            "203.0.113.64": "egress-denied",
+            "169.254.169.254": "egress-denied",
+            "198.51.100.1": "egress-denied",
+            "203.0.113.1": "egress-allowed",
+        }
+
+
+@pytest.mark.parametrize("dry", [True, False])
+async def test_too_many_connections_are_logged_and_on_trial_let_through(
+    cell: Cell, kind: str, tmp_path: Path, *, dry: bool
+) -> None:
+    web = cell.box("web")
+    limits = {"outbound_limit": True, "outbound_rate": 1, "outbound_burst": 1, "outbound_dry_run": dry}
+    async with logging_groups(cell, kind, tmp_path, web, group("g", "0.0.0.0/0"), log_denied=True, **limits) as made:
+        for _ in range(3):
+            await in_thread(syn, web, "203.0.113.1", 80)
+        line = await made.line("egress-denied")
+        assert line["data"]["packet"]["dst_port"] == 80
+        assert line["data"]["reason"] == ("rate, on trial" if dry else "rate")
+        if dry:
+            assert made.said.flows == []
+
+
+def syn(box: Box, address: str, port: int) -> None:
+    """Begin to connect, and do not wait."""
+
+    def make() -> socket.socket:
+        made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        made.setblocking(False)
+        return made
+
+    with inside(box.name, make) as made:
+        with suppress(OSError):
+            made.connect((address, port))
+        time.sleep(0.05)
