@@ -87,6 +87,7 @@ class Attachments:
                 raise Conflict(problem)
             if existing is not None:
                 await self._take_apart(existing.handle, existing)
+            await self._disk.run(self._links.check, wanted)
             try:
                 self.ports.take(wanted.handle, wanted.forwards)
                 forwards = (*wanted.forwards, *choose(wanted.handle))

@@ -24,6 +24,11 @@ class Links:
     def __init__(self, neighbours: Neighbours) -> None:
         self._neighbours = neighbours
 
+    def check(self, wanted: Attachment) -> None:
+        """Make sure that it can be tried, so that what is left half done is only what was begun. Raises Failed."""
+        if wanted.plugins:
+            plugins.check(_list(wanted))
+
     async def attach(self, wanted: Attachment) -> Attachment:
         """The attachment with its link, and the plugins' result if there were any. Raises Unavailable or Failed."""
         if wanted.plugins:

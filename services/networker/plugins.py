@@ -148,6 +148,20 @@ async def delete(plugin: Mapping[str, Any], of: PluginList, call: Call, extra: M
     await _run("DEL", plugin, of, call, extra, f"{_described(plugin, of)} failed (delete)")
 
 
+def check(of: PluginList) -> None:
+    """Make sure that all of them are there, before any is run. Blocks. Raises PluginFailed."""
+    for plugin in of.plugins:
+        if plugin["type"] != OURS:
+            _program(plugin, of, f"{_described(plugin, of)} failed (add)")
+
+
+def _program(plugin: Mapping[str, Any], of: PluginList, where: str) -> Path:
+    program = Path(of.path) / plugin["type"]
+    if not (program.is_file() and os.access(program, os.X_OK)):
+        raise PluginFailed(f'{where}: failed to find plugin "{plugin["type"]}" in path [{of.path}]')
+    return program
+
+
 def _described(plugin: Mapping[str, Any], of: PluginList) -> str:
     kind, name = (json.dumps(text) for text in (plugin["type"], plugin.get("name") or of.name))
     return f"plugin type={kind} name={name}"
@@ -166,9 +180,7 @@ async def _run(
         "CNI_ARGS": "",
         "CNI_PATH": of.path,
     }
-    program = Path(of.path) / plugin["type"]
-    if not (program.is_file() and os.access(program, os.X_OK)):
-        raise PluginFailed(f'{where}: failed to find plugin "{plugin["type"]}" in path [{of.path}]')
+    program = _program(plugin, of, where)
     pipe = asyncio.subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(

@@ -35,6 +35,7 @@ class Garden:
 
     def __init__(self, cell: Cell, enter: Sequence[str]) -> None:
         self.cell = cell
+        self.host = ""
         self._enter = enter
         assert install.garden_main([str(cell.folder / "bin"), "--run-dir", str(cell.run_dir)]) == 0
         self.plugin = cell.folder / "bin" / "silkbus-garden"
@@ -121,6 +122,7 @@ class Garden:
 
 
 @contextmanager
-def garden(netns: str) -> Iterator[Garden]:
-    with mount_namespace() as enter, Cell(netns, enter=enter) as cell:
+def garden(netns: str, *more: str) -> Iterator[Garden]:
+    """A cell with Garden; `more` are arguments of nsenter for what else the networker is to be in."""
+    with mount_namespace() as enter, Cell(netns, enter=[*enter, *more]) as cell:
         yield Garden(cell, enter)
