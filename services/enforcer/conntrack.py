@@ -24,8 +24,8 @@ _TUPLE_ORIG, _TUPLE_REPLY, _MARK, _ZONE, _MARK_MASK, _FILTER = 1, 2, 8, 18, 21, 
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _V4_SRC, _V4_DST = 1, 2
 _PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
-_ORIG_FLAGS = 1
-_FLAG_DST = 2
+_REPLY_FLAGS = 2
+_FLAG_SRC = 1
 _PROTOCOLS = {6: "tcp", 17: "udp"}
 
 TIMEOUT = 10.0
@@ -41,8 +41,7 @@ class Flow:
 
     source: IPv4Address
     destination: IPv4Address
-    answering: IPv4Address
-    """The source of the answers: not the destination where that was translated."""
+    """Who answers: where the destination was translated (a forwarded port), what it was translated to; so is `port`."""
     protocol: str
     """tcp, udp, or the protocol's number."""
     source_port: int
@@ -89,7 +88,7 @@ class Conntrack:
     def flows_to(self, address: IPv4Address, tag: int | None = None) -> Iterator[Flow]:
         """Entries opened to this address, with this tag in the low 16 bits of the mark."""
         marked = b"" if tag is None else _tagged(tag)
-        found = self._dump(_tuple(_TUPLE_ORIG, _V4_DST, address) + marked + _filter(_ORIG_FLAGS, _FLAG_DST))
+        found = self._dump(_tuple(_TUPLE_REPLY, _V4_SRC, address) + marked + _filter(_REPLY_FLAGS, _FLAG_SRC))
         # A kernel older than 5.8 does not filter, so what it gives is looked at again.
         return (f for f in found if f.destination == address and (tag is None or f.mark & TAG_MASK == tag))
 
@@ -102,12 +101,12 @@ class Conntrack:
         return self._change(_DELETE, flow.name)
 
     def forget(self, addresses: Collection[IPv4Address]) -> int:
-        """Delete every entry from, to, or answered by one of these addresses; how many there were.
+        """Delete every entry from or to one of these addresses; how many there were.
 
         One dump of everything, since each walks the whole table (9 ms, empty or not), and a filter has one field only.
         """
         found = list(self._dump(b"", naming=[address.packed for address in addresses]))
-        concerned = [f for f in found if not {f.source, f.destination, f.answering}.isdisjoint(addresses)]
+        concerned = [f for f in found if not {f.source, f.destination}.isdisjoint(addresses)]
         return sum(self.delete(flow) for flow in concerned)
 
     def _dump(self, body: bytes, *, tagged: bool = False, naming: Collection[bytes] = ()) -> Iterator[Flow]:
@@ -198,11 +197,12 @@ def _flow(message: memoryview, *, tagged: bool) -> Flow | None:
     original, answer = _read_tuple(attributes[_TUPLE_ORIG]), _read_tuple(attributes[_TUPLE_REPLY])
     if original is None or answer is None:
         return None
-    source, destination, protocol, source_port, port = original
+    source, _, protocol, source_port, _ = original
+    destination, _, _, port, _ = answer
     name = _attribute(_TUPLE_ORIG | _NESTED, bytes(attributes[_TUPLE_ORIG]))
     if _ZONE in attributes:
         name += _attribute(_ZONE, bytes(attributes[_ZONE]))
-    return Flow(source, destination, answer[0], _PROTOCOLS.get(protocol, str(protocol)), source_port, port, mark, name)
+    return Flow(source, destination, _PROTOCOLS.get(protocol, str(protocol)), source_port, port, mark, name)
 
 
 def _read_tuple(data: memoryview) -> tuple[IPv4Address, IPv4Address, int, int, int] | None:

@@ -83,7 +83,7 @@ class Flows:
             self._dead = {(flow.destination, flow.mark & TAG_MASK) for flow in self._conntrack.marked(DEAD)}
 
     def forget(self, addresses: Collection[IPv4Address]) -> int:
-        """Delete every entry from, to, or answered by one of these addresses; how many there were."""
+        """Delete every entry from or to one of these addresses; how many there were."""
         self._dead = {pair for pair in self._dead if pair[0] not in addresses}
         for address in addresses:
             self._late.pop(address, None)
@@ -102,9 +102,7 @@ class Flows:
             )
 
         strangers = [
-            flow
-            for flow in self._conntrack.all()
-            if is_stranger(flow.destination) or is_stranger(flow.answering) or is_stranger(flow.source)
+            flow for flow in self._conntrack.all() if is_stranger(flow.destination) or is_stranger(flow.source)
         ]
         return sum(self._conntrack.delete(flow) for flow in strangers)
 

@@ -213,7 +213,7 @@ class Iptables:
 
 
 def _error(command: str, code: int, words: str, lines: list[str]) -> IptablesError:
-    """What went wrong, and with which line. A code of 4 is about resources such as the lock, not about what was asked."""
+    """What went wrong, and with which line. A code of 4 is about resources (the lock), not about what was asked."""
     named = re.search(r"line:? (\d+)", words)
     number = int(named[1]) if named else 0
     line = lines[number - 1] if 0 < number <= len(lines) else ""

@@ -26,7 +26,7 @@ from tests.enforcer.outside import (
     tell_groups,
 )
 from tests.enforcer.test_attacks import echo, heard
-from tests.enforcer.world import Box, Cell, Echo, dial, echoes, inside, until
+from tests.enforcer.world import Box, Cell, Echo, dial, echoes, inside, is_cut, until
 
 pytestmark = pytest.mark.kernel
 KNOWN = tags(web=1, api=0x1234, db=3)
@@ -144,19 +144,23 @@ async def test_forwarded_ports(two_cells: list[Cell], kind: str) -> None:
             sender.settimeout(2)
             sender.sendto(b"forwarded", (str(cell.underlay), 61002))
             assert heard(sender, b"forwarded")
+        stream = dial(outside.network, cell.underlay, 61001)
+        assert echoes(stream)
         # One of the same cell does not, unless a policy lets it reach the container.
         assert not reaches(api, cell.underlay, 61001)
         await enforcer.allow("api", "web", tcp(8080))
         assert reaches(api, cell.underlay, 61001)
         assert not reaches(api, cell.underlay, 61002)
+        hairpin = dial(api, cell.underlay, 61001)
+        assert echoes(hairpin)
         await enforcer.allow("api", "web")
+        assert is_cut(hairpin)
+        assert echoes(stream), "no policy let it in, so none takes it back"
         # Another port is forwarded later, and one no longer.
         of(web, forwards=(forward(61001, 8080), forward(61003, 8082)))
         await enforcer.reconciler.admit(web.container)
         assert outside.reaches(cell.underlay, 61003)
         assert not outside.reaches(cell.underlay, 61002)
-        stream = dial(outside.network, cell.underlay, 61001)
-        assert echoes(stream)
         await enforcer.reconciler.sync()
         assert echoes(stream)
         await enforcer.reconciler.forget(web.container.handle)
