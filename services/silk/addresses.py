@@ -49,6 +49,8 @@ class AddressPool:
         fresh = next((address for address in free if address not in released), None)
         if fresh is not None:
             return fresh
+        if self.subnet.prefixlen == self.subnet.max_prefixlen:
+            raise Exhausted(f"this cell has the single overlay address {self.subnet.network_address}: no containers")
         if not free:
             count = sum(1 for _ in usable(self.subnet))
             raise Exhausted(f"all {count} addresses of subnet {self.subnet} are in use: remove containers of this cell")

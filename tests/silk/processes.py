@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -23,21 +24,27 @@ class Process:
     """One program in one namespace, its output in a file."""
 
     def __init__(self, namespace: str, log: Path, *command: str, **settings: str) -> None:
-        self._command = ["ip", "netns", "exec", namespace, *command]
-        self._settings = {f"SILKBUS_{name.upper()}": value for name, value in settings.items()}
+        self.command = ["ip", "netns", "exec", namespace, *command]
+        self.settings = {f"SILKBUS_{name.upper()}": value for name, value in settings.items()}
         self._log = log
         self._running: subprocess.Popen[bytes] | None = None
 
     def start(self, **settings: str) -> None:
         more = {f"SILKBUS_{name.upper()}": value for name, value in settings.items()}
         with self._log.open("ab") as log:
-            environment = {**os.environ, **self._settings, **more}
-            self._running = subprocess.Popen(self._command, env=environment, stderr=log, stdout=log)
+            environment = {**os.environ, **self.settings, **more}
+            self._running = subprocess.Popen(self.command, env=environment, stderr=log, stdout=log)
 
     @property
     def pid(self) -> int:
         assert self._running is not None
         return self._running.pid
+
+    def end_children(self) -> None:
+        """Kill it and what it started: `unshare --fork` does not hand a signal on."""
+        for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        self.stop(signal.SIGKILL)
 
     def send(self, number: int) -> None:
         assert self._running is not None
@@ -61,13 +68,14 @@ class Centre:
 
     def __init__(self, namespace: str, folder: Path, **settings: str) -> None:
         sh("ip", "-n", namespace, "addr", "add", f"{CENTRE}/24", "dev", "underlay")
+        self.database = folder / "silk.db"
         log = folder / "centre.log"
         self.nats = Process(namespace, log, program(), "-a", CENTRE, "-p", "4222")
         self.controller = Process(
             namespace,
             log,
             *(sys.executable, "-m", "services.silk.controller"),
-            database=f"sqlite:///{folder / 'silk.db'}",
+            database=f"sqlite:///{self.database}",
             run_dir=str(folder / "centre"),
             nats=f"nats://{CENTRE}:4222",
             **settings,
@@ -76,6 +84,11 @@ class Centre:
     def start(self) -> None:
         self.nats.start()
         self.controller.start()
+
+    def count_leases(self) -> int:
+        with sqlite3.connect(self.database, timeout=30) as connection:
+            count: int = connection.execute("SELECT count(*) FROM leases").fetchone()[0]
+            return count
 
     def stop(self) -> None:
         self.controller.stop(signal.SIGKILL)
