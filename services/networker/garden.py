@@ -134,8 +134,8 @@ def _config(value: Any) -> Config:
         if not given:
             raise GardenError(f"parse args: missing required config '{key}'", text["log_prefix"] or PREFIX)
     start, total, proxy = (number[key] for key in ("start_port", "total_ports", "proxy_port"))
-    if not (start >= 1 and total > 0 and start + total - 1 <= MAX_PORT):
-        raise Malformed(f"start_port, total_ports: {total} ports from {start} on are not all within 1-{MAX_PORT}")
+    if not (1 <= start <= MAX_PORT and total > 0):
+        raise Malformed(f"start_port, total_ports: there are no {total} ports from {start} on within 1-{MAX_PORT}")
     if not 1 <= proxy <= MAX_PORT:
         raise Malformed(f"proxy_port: {proxy} is not within 1-{MAX_PORT}")
     for key in ("cni_plugin_dir", "cni_config_dir", "bind_mount_dir", "state_file"):

@@ -156,7 +156,7 @@ def check(of: PluginList) -> None:
 
 
 def _program(plugin: Mapping[str, Any], of: PluginList, where: str) -> Path:
-    program = Path(of.path) / plugin["type"]
+    program = Path(of.path) / str(plugin["type"])
     if not (program.is_file() and os.access(program, os.X_OK)):
         raise PluginFailed(f'{where}: failed to find plugin "{plugin["type"]}" in path [{of.path}]')
     return program

@@ -12,6 +12,8 @@ from bus.decode import Malformed
 from bus.messages import Container, Handle, PortForward, Protocol
 from services.networker.errors import Conflict, Failed
 
+LAST_PORT = 65535
+
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
@@ -23,13 +25,18 @@ class Mapping:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """`total` ports from `start` on, to choose from."""
+    """`total` ports from `start` on, to choose from, as far as there are so many: the original's default, 5000 from
+    61000 on, ends beyond the last port."""
 
     start: int
     total: int
 
+    @property
+    def ports(self) -> range:
+        return range(self.start, min(self.start + self.total, LAST_PORT + 1))
+
     def __str__(self) -> str:
-        return f"{self.start}-{self.start + self.total - 1}"
+        return f"{self.ports[0]}-{self.ports[-1]}"
 
 
 class PortPool:
@@ -46,8 +53,9 @@ class PortPool:
         """Give these ports to a container, beside those that it has. Raises Conflict if one is another's."""
         own = self._taken.get(handle, ())
         for place, forward in enumerate(forwards):
-            for owner, taken in [*self._of_others(handle), *((handle, each) for each in (*own, *forwards[:place]))]:
-                if forward != taken and _overlap(forward, taken):
+            same = ((handle, each) for each in (*own, *forwards[:place]) if each != forward)
+            for owner, taken in [*self._of_others(handle), *same]:
+                if _overlap(forward, taken):
                     raise Conflict(
                         f"port {forward.host_port}/{forward.protocol} of the cell is forwarded to container {owner} "
                         f"(port {taken.container_port}): choose another, or remove that container"
@@ -72,16 +80,12 @@ class PortPool:
         """
         explicit = {mapping.host_port for mapping in mappings}
         every = {forward.host_port for taken in self._taken.values() for forward in taken if _is_tcp(forward)}
-        free = (
-            port
-            for port in range(ports.start, ports.start + ports.total)
-            if port not in every and port not in explicit and port not in used
-        )
+        free = (port for port in ports.ports if port not in every and port not in explicit and port not in used)
         chosen = []
         for mapping in mappings:
             if (port := mapping.host_port or next(free, None)) is None:
                 raise Failed(
-                    f"port pool exhausted: all {ports.total} ports of {ports} are taken; remove containers, "
+                    f"port pool exhausted: all {len(ports.ports)} ports of {ports} are taken; remove containers, "
                     "or raise nat_port_range_size (total_ports in the configuration)"
                 )
             inside = mapping.container_port or (port if same else 0)
