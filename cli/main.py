@@ -35,6 +35,10 @@ GROUPS = {
         "history": ("cli.history:show", "Show who changed which policies when"),
         "events": ("cli.events:show", "Show what happens to policies and leases"),
     },
+    "This command": {
+        "completion": ("cli.completion:show", "Print a script that completes commands and options"),
+        "diags": ("cli.diags:collect", "Put what support needs into one archive, without secrets"),
+    },
 }
 # What the commands do that other packages bring; one that is not here is listed without.
 OTHERS = {
@@ -102,8 +106,8 @@ def overview() -> str:
     text = "Usage: silkbus COMMAND [ARGUMENT…]\n"
     for title, commands in GROUPS.items():
         text += f"\n{title}:\n" + "".join(f"  {name:24}{what}\n" for name, (_, what) in commands.items())
-    if others := _others():
-        lines = (f"  {name:24}{OTHERS.get(name, '')}".rstrip() + "\n" for name in others)
+    if found := others():
+        lines = (f"  {name:24}{OTHERS.get(name, '')}".rstrip() + "\n" for name in found)
         text += "\nFor operators, on a cell or a server:\n" + "".join(lines)
     return text + (
         "\nExamples:\n"
@@ -113,7 +117,7 @@ def overview() -> str:
     )
 
 
-def _others() -> list[str]:
+def others() -> list[str]:
     from importlib.metadata import entry_points
 
     return sorted({entry.name for entry in entry_points(group=GROUP)})
@@ -122,7 +126,7 @@ def _others() -> list[str]:
 def _resembling(name: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, [*COMMANDS, *_others()], n=2)
+    near = get_close_matches(name, [*COMMANDS, *others()], n=2)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
