@@ -73,18 +73,18 @@ async def take(store: LeaseStore) -> Census:
             "SELECT subnet, released_at FROM former_leases WHERE released_at > :rested", {"rested": now - terms.rest}
         )
         times = [row["renewed_at"] for row in rows] + [row["released_at"] for row in former]
-        leased = [IPv4Network(row["subnet"]) for row in rows]
+        leased = [row["subnet"] for row in rows]
         stock = {}
         for kind in Kind:
             taken = terms.pool.covered(kind, leased)
-            resting = terms.pool.covered(kind, (IPv4Network(row["subnet"]) for row in former)) - taken
+            resting = terms.pool.covered(kind, (row["subnet"] for row in former)) - taken
             stock[kind] = Stock(terms.pool.size(kind), len(taken), len(resting))
         return Census(
             now=now,
             leases=len(rows),
             overdue=sum(row["renewed_at"] + terms.expiry / 2 < now for row in rows),
             expired=sum(row["renewed_at"] + terms.expiry < now for row in rows),
-            outside=sum(terms.pool.kind_of(subnet) is None for subnet in leased),
+            outside=sum(terms.pool.kind_of(IPv4Network(subnet)) is None for subnet in leased),
             ahead=sum(time > now for time in times),
             stock=stock,
         )

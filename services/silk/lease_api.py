@@ -6,9 +6,11 @@ again. Where the original errs we do not: acquiring renews, and heeds the kind t
 is not known is taken up only if it is a free one of the pool; errors are valid JSON.
 """
 
+import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Interface
@@ -23,13 +25,15 @@ from starlette.routing import Route
 from bus.decode import Malformed
 from bus.json_input import Object, get_flag, get_text, parse
 from bus.log import about
-from bus.messages import Lease
+from bus.messages import Lease, Revision
 from services.silk.leases import Exhausted, LeaseLost, LeaseRefused, LeaseStore, OutsidePool, derived_cell
 from services.silk.pool import Kind
 
 log = logging.getLogger(__name__)
 
 MAX_BODY = 64 << 10
+LIST_SECONDS = 1.0
+"""How long a lease may be listed after its time: the end of that changes no revision."""
 _TEXT = "text/plain; charset=utf-8"
 _MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}")
 
@@ -52,6 +56,8 @@ class LeaseApi:
 
     def __init__(self, store: LeaseStore) -> None:
         self._store = store
+        self._listed: tuple[Revision, float, str] | None = None
+        self._listing = asyncio.Lock()
 
     def application(self) -> Starlette:
         routes = [
@@ -64,11 +70,17 @@ class LeaseApi:
         return Starlette(routes=routes, exception_handlers={HTTPException: _unrouted})
 
     async def _list(self, _: Object) -> str:
+        """Each daemon asks for this every 30 s: it is made anew only when it may have changed."""
         try:
-            leases = await self._store.active()
+            async with self._listing:
+                revision = (await self._store.ledger.head())[1]
+                now = time.monotonic()
+                if self._listed is None or self._listed[0] != revision or now - self._listed[1] > LIST_SECONDS:
+                    leases = await self._store.active()
+                    self._listed = revision, now, _json({"leases": [_encode(lease) for lease in leases]})
+                return self._listed[2]
         except Exception as error:
             raise Failed(500, f"all-routable-leases: {error!r}") from error
-        return _json({"leases": [_encode(lease) for lease in leases]})
 
     async def _acquire(self, body: Object) -> str:
         with _understanding():

@@ -233,7 +233,7 @@ class LeaseStore:
         """A subnet that this cell may have: what it had, else one nobody had, else the one free longest."""
         pool = self.terms.pool
         leased = await connection.fetch_all("SELECT subnet FROM leases")
-        taken = pool.covered(kind, (IPv4Network(row["subnet"]) for row in leased))
+        taken = pool.covered(kind, (row["subnet"] for row in leased))
         former = await connection.fetch_all(
             f"SELECT subnet, cell, released_at + {self.terms.rest} - {self.clock} AS rest FROM former_leases"  # noqa: S608
             " ORDER BY released_at, subnet"
@@ -241,7 +241,7 @@ class LeaseStore:
         rested: list[int] = []
         resting: dict[int, int] = {}
         for row in former:
-            bases = pool.covered(kind, [IPv4Network(row["subnet"])]) - taken
+            bases = pool.covered(kind, [row["subnet"]]) - taken
             if row["cell"] == cell and bases:
                 own = IPv4Network(row["subnet"])
                 if pool.kind_of(own) is kind:
@@ -270,12 +270,11 @@ class LeaseStore:
         pool, subnet = self.terms.pool, lease.subnet
         kind = pool.kind_of(subnet)
         rows = await change.database.fetch_all("SELECT subnet, cell, underlay FROM leases")
-        others = (IPv4Network(row["subnet"]) for row in rows)
         if (
             kind is None
             or lease.mac != vtep_mac(subnet)
             or any(row["cell"] == lease.cell or row["underlay"] == str(lease.underlay) for row in rows)
-            or int(subnet.network_address) in pool.covered(kind, others)
+            or int(subnet.network_address) in pool.covered(kind, (row["subnet"] for row in rows))
         ):
             raise _lost(lease)
         former = await change.database.fetch_one(
