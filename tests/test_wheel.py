@@ -54,7 +54,16 @@ def test_entry_points(wheel: zipfile.ZipFile) -> None:
         "silkbus-silk-controller",
         "silkbus-silk-worker",
     }
-    assert set(parser["silkbus.commands"]) == {"demo", "install-cni", "install-garden", "lab", "nats-config", "policy"}
+    assert set(parser["silkbus.commands"]) == {
+        "demo",
+        "doctor",
+        "install-cni",
+        "install-garden",
+        "lab",
+        "nats-config",
+        "policy",
+        "silk",
+    }
     for section in parser.sections():
         for target in parser[section].values():
             module, _, function = target.partition(":")

@@ -1,65 +1,19 @@
-"""What `silkbus.pyz` does: a plugin when cf runs it, which puts a port before the command, else `silkbus` itself.
+"""What `silkbus.pyz` does: a plugin when cf runs it, which puts a port before the command, else `silkbus` itself."""
 
-One file, copied by cf under another name, with all that it needs in it (contract/policy.md 7.1).
-"""
-
-import os
 import sys
-
-from cli import access, arguments, configuration, terminal
-from cli.errors import Failed
-from cli.main import find, run
-from cli.main import main as silkbus
-from cli.plugin import commands
-from cli.plugin.gob import STRING
-from cli.plugin.login import PluginLogin
-from cli.plugin.rpc import METADATA, Cf, CfError
-
-INSTALL = "SendMetadata"
-UNINSTALL = "CLI-MESSAGE-UNINSTALL"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, without the program's name; the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if not words:
-        terminal.say("This cf CLI plugin is not intended to be run on its own\n")
+        sys.stdout.write("This cf CLI plugin is not intended to be run on its own\n\n")
         return 1
-    if not (words[0].isascii() and words[0].isdigit() and len(words) > 1):
-        return silkbus(words)
-    cf = Cf(int(words[0]))
-    arguments.typed = commands.typed
-    try:
-        return _called(cf, words[1], words[2:])
-    except Failed as error:
-        terminal.say(f"{terminal.coloured('FAILED', terminal.RED)}\n{error}")
-        return 1
+    # Imported when it is clear which is needed, since reading modules from a zip file takes time.
+    if words[0].isascii() and words[0].isdigit() and len(words) > 1:
+        from cli.plugin.called import called
 
+        return called(int(words[0]), words[1], words[2:])
+    from cli.main import main as silkbus
 
-def _called(cf: Cf, name: str, words: list[str]) -> int:
-    if name == INSTALL:
-        return 0 if cf.call("SetPluginMetadata", METADATA, commands.metadata()) is True else 1
-    least = ".".join(map(str, commands.LEAST_CF))
-    if cf.call("IsMinCliVersion", STRING, least) is not True:
-        terminal.say(f"Minimum CLI version {least} is required to run this plugin command\n")
-        return 0
-    if name == UNINSTALL:
-        terminal.ok()
-        return 0
-    function = find(commands.names().get(name, ""))
-    if function is None:
-        raise Failed(f"The plugin {commands.NAME} has no command {name}. `cf plugins` lists those it has.")
-    # Who calls cf means what cf is logged in to, whatever silkbus by itself would speak to.
-    for key in configuration.KEYS:
-        os.environ.pop(f"SILKBUS_{key.upper()}", None)
-    configuration.find_cloud_foundry = lambda: PluginLogin(cf)
-    access.help_of = lambda _: _help(cf, name)
-    return run(function, words)
-
-
-def _help(cf: Cf, name: str) -> str:
-    """How cf explains a command of ours."""
-    try:
-        return "\n".join(cf.command("help", name))
-    except CfError as error:
-        return f"cf cli error: {error}"
+    return silkbus(words)

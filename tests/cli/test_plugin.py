@@ -83,14 +83,16 @@ def test_the_file_is_one_that_cf_can_run(installed: Path, tmp_path: Path) -> Non
     assert (done.returncode, done.stdout) == (1, "This cf CLI plugin is not intended to be run on its own\n\n")
 
 
-def test_another_python_takes_the_sources(installed: Path, tmp_path: Path) -> None:
-    """What is compiled for another version of Python is passed over."""
+@pytest.mark.parametrize("spoiled", [".pyc", ".py"])
+def test_each_form_of_a_module_will_do(installed: Path, tmp_path: Path, spoiled: str) -> None:
+    """What was compiled for another version of Python is passed over; if it is for this one, no source is read."""
     other = tmp_path / "other.pyz"
     with zipfile.ZipFile(installed) as archive, zipfile.ZipFile(other, "w") as copy:
         for name in archive.namelist():
             content = archive.read(name)
             if name.endswith(".pyc"):
                 assert content.startswith(importlib.util.MAGIC_NUMBER)
+            if name.endswith(spoiled) and name != "__main__.py":
                 content = b"\0\0\r\n" + content[4:]
             copy.writestr(name, content)
     command = [sys.executable, "-I", "-S", str(other), "network-policies", "--help"]
