@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv4Network
 from bus.messages import AppId, Handle, Ports, Protocol, Revision, Tag
 from services.enforcer.egress import SHARED, egress_chains, list_chain, reach_chain, source_chain
 from services.enforcer.fixed import TO, dispatching, static
-from services.enforcer.forwarding import FORWARDS, forwarding_chains, port_chain, translations
+from services.enforcer.forwarding import FORWARDS, forwarding_chains, port_chain
 from services.enforcer.model import INGRESS_ROUTER, Model, Touched
 from services.enforcer.rules import ChainId, Chains, Rule, Rules, rule
 from services.enforcer.settings import EnforcerSettings
@@ -87,7 +87,7 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
     if everything or touched.egress:
         shared |= egress_chains(settings, {address: model.reach_at(address) for address in owned})
     if everything or touched.forwards:
-        shared |= forwarding_chains(translations(model.owners(), settings.instance_address or underlay))
+        shared |= forwarding_chains(model.owners(), settings.instance_address or underlay)
     chains |= shared
     for family, concerned in ((SHARED, touched.egress), ((FORWARDS,), touched.forwards)):
         for name in family if concerned or everything else ():

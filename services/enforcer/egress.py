@@ -66,22 +66,24 @@ def static_egress(settings: EnforcerSettings) -> Chains:
 def egress_chains(settings: EnforcerSettings, reaches: Mapping[IPv4Address, Reach]) -> dict[ChainId, Rules]:
     """All chains that depend on what these containers may reach."""
     chains: dict[ChainId, Rules] = {}
-    members: defaultdict[IPv4Network, list[IPv4Address]] = defaultdict(list)
-    for address in sorted(reaches):
-        if not reaches[address]:
+    leaves: defaultdict[IPv4Network, list[Rule]] = defaultdict(list)
+    names: dict[int, str] = {}  # by identity: mostly a few objects for all, and their hash goes through all lists
+    for address in sorted(reaches, key=int):
+        reach = reaches[address]
+        if not reach:
             continue
-        members[group_of(address)].append(address)
-        for each in reaches[address].lists:
-            chains[ChainId("filter", list_chain(each))] = list_rules(each, log_all=settings.log_security_groups)
-        chains[ChainId("filter", reach_chain(reaches[address]))] = _combination(reaches[address])
-    for group, addresses in members.items():
-        leaf: list[Rule] = []
-        for address in addresses:
-            if settings.limits_outbound:
-                leaf.append(_limit(address, settings.outbound_rate, settings.outbound_burst))
-            leaf.append(_from(address, reach_chain(reaches[address])))
-        chains[ChainId("filter", source_chain(group))] = tuple(leaf)
-    chains[FROM] = tuple(rule(f"-s {group}", to=source_chain(group)) for group in members)
+        name = names.get(id(reach))
+        if name is None:
+            name = names[id(reach)] = reach_chain(reach)
+            chains[ChainId("filter", name)] = _combination(reach)
+            for each in reach.lists:
+                chains[ChainId("filter", list_chain(each))] = list_rules(each, log_all=settings.log_security_groups)
+        leaf = leaves[group_of(address)]
+        if settings.limits_outbound:
+            leaf.append(_limit(address, settings.outbound_rate, settings.outbound_burst))
+        leaf.append(_from(address, name))
+    chains |= {ChainId("filter", source_chain(group)): tuple(rules) for group, rules in leaves.items()}
+    chains[FROM] = tuple(rule(f"-s {group}", to=source_chain(group)) for group in leaves)
     return chains
 
 

@@ -10,12 +10,12 @@ container's own address and port.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import NamedTuple
 
-from bus.messages import Container, Protocol
+from bus.messages import Container, PortForward, Protocol
 from services.enforcer.rules import TO_GUEST, ChainId, Chains, Rule, Rules, rule, to_link
 from services.enforcer.settings import EnforcerSettings
 
@@ -24,48 +24,67 @@ FORWARDS = "sb-p"
 """What the names of all chains begin with that depend on which ports are forwarded."""
 
 
-class At(NamedTuple):
-    """Where packets arrive that are forwarded."""
+class Forward(NamedTuple):
+    """One forwarded port, with all that is written for it. The first three say where packets arrive."""
 
     protocol: Protocol
-    address: IPv4Address
+    at: int
     port: int
+    top: Rule
+    block: str
+    leaf: str
+    rule: Rule
 
 
-class Target(NamedTuple):
-    """Where they go: a container."""
+def forwarding_chains(containers: Iterable[Container], cell: IPv4Address | None) -> dict[ChainId, Rules]:
+    """From an address and port of this cell to a container: three steps of at most 256, 16 and 16 rules an address.
 
-    address: IPv4Address
-    port: int
-
-
-def translations(containers: Iterable[Container], cell: IPv4Address | None) -> dict[At, Target]:
-    """What these containers have forwarded to them; `cell` is where, if they do not say. Of two the later has it."""
-    return {
-        At(forward.protocol, arriving, forward.host_port): Target(container.address, forward.container_port)
+    `cell` is where ports are forwarded if the container does not say. Of two that want the same, the later has it.
+    """
+    forwards = {
+        forward[:3]: forward
         for container in containers
-        for forward in container.forwards
-        if container.address is not None and (arriving := forward.host_address or cell) is not None
+        if container.forwards and container.address is not None
+        for forward in _forwards(container.forwards, container.address, cell)
     }
+    tops: dict[Rule, None] = {}
+    blocks: defaultdict[str, dict[str, Rule]] = defaultdict(dict)
+    leaves: defaultdict[str, list[Rule]] = defaultdict(list)
+    for key in sorted(forwards):
+        forward = forwards[key]
+        tops[forward.top] = None
+        if forward.leaf not in leaves:
+            span = _span(forward.protocol, forward.port >> 4 << 4, 4)
+            blocks[forward.block].setdefault(forward.leaf, rule(span, to=forward.leaf))
+        leaves[forward.leaf].append(forward.rule)
+    chains = {ChainId("nat", leaf): tuple(rules) for leaf, rules in leaves.items()}
+    chains |= {ChainId("nat", block): tuple(steps.values()) for block, steps in blocks.items()}
+    return {NAT: tuple(tops), **chains}
 
 
-def forwarding_chains(forwards: Mapping[At, Target]) -> dict[ChainId, Rules]:
-    """From an address and port of this cell to a container: three steps of at most 256, 16 and 16 rules an address."""
-    blocks: defaultdict[str, defaultdict[str, list[Rule]]] = defaultdict(lambda: defaultdict(list))
-    tops: dict[tuple[IPv4Address, str], Rule] = {}
-    for at in sorted(forwards):
-        block = port_chain(at.protocol, at.port)
-        blocks[block][f"{block}-{at.port >> 4 & 0xF:x}"].append(_forward(at, forwards[at]))
-        tops[at.address, block] = rule(f"-d {at.address}/32", _ports(at, 8), to=block)
-    chains: dict[ChainId, Rules] = {NAT: tuple(tops[key] for key in sorted(tops))}
-    for block, leaves in blocks.items():
-        for leaf, rules in leaves.items():
-            chains[ChainId("nat", leaf)] = tuple(rules)
-        protocol, high = block[5:8], int(block[8:], 16) << 8
-        chains[ChainId("nat", block)] = tuple(
-            rule(_span(protocol, high + (int(leaf[-1], 16) << 4), 4), to=leaf) for leaf in leaves
+@lru_cache(maxsize=1 << 12)
+def _forwards(
+    forwards: tuple[PortForward, ...], container: IPv4Address, cell: IPv4Address | None
+) -> tuple[Forward, ...]:
+    made = []
+    for each in forwards:
+        at = each.host_address or cell
+        if at is None:
+            continue
+        port, protocol, block = each.host_port, each.protocol, port_chain(each.protocol, each.host_port)
+        match = f"-d {at}/32 -p {protocol} -m {protocol} --dport {port}"
+        made.append(
+            Forward(
+                protocol,
+                int(at),
+                port,
+                rule(f"-d {at}/32", _span(protocol, port >> 8 << 8, 8), to=block),
+                block,
+                f"{block}-{port >> 4 & 0xF:x}",
+                rule(match, to=f"DNAT --to-destination {container}:{each.container_port}"),
+            )
         )
-    return chains
+    return tuple(made)
 
 
 def port_chain(protocol: Protocol, port: int) -> str:
@@ -73,20 +92,8 @@ def port_chain(protocol: Protocol, port: int) -> str:
     return f"{FORWARDS}-{protocol}{port >> 8:02x}"
 
 
-def _ports(at: At, bits: int) -> str:
-    return _span(at.protocol, at.port >> bits << bits, bits)
-
-
-def _span(protocol: str, first: int, bits: int) -> str:
+def _span(protocol: Protocol, first: int, bits: int) -> str:
     return f"-p {protocol} -m {protocol} --dport {first}:{first + (1 << bits) - 1}"
-
-
-@lru_cache(maxsize=1 << 14)
-def _forward(at: At, target: Target) -> Rule:
-    return rule(
-        f"-d {at.address}/32 -p {at.protocol} -m {at.protocol} --dport {at.port}",
-        to=f"DNAT --to-destination {target.address}:{target.port}",
-    )
 
 
 def static_nat(settings: EnforcerSettings, containers: str) -> Chains:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from bus.messages import Container, SecurityGroup, Workload
+from bus.messages import Container, Handle, SecurityGroup, Workload
 from bus.security_groups import EgressRule, GroupId, SpaceId
 from bus.tables import Update
 from bus.wire import pack
@@ -29,16 +29,14 @@ class RuleList:
 
     digest: str
     rules: tuple[EgressRule, ...] = field(compare=False)
+    logs: bool = field(compare=False)
 
     @classmethod
     def of(cls, rules: Iterable[EgressRule]) -> "RuleList":
         """Those that log first: a flow is logged if any rule that allows it says so."""
         ordered = tuple(sorted(rules, key=lambda rule: not rule.log))
-        return cls(blake2b(pack([rule.encode() for rule in ordered]), digest_size=8).hexdigest(), ordered)
-
-    @property
-    def logs(self) -> bool:
-        return any(rule.log for rule in self.rules)
+        digest = blake2b(pack([rule.encode() for rule in ordered]), digest_size=8).hexdigest()
+        return cls(digest, ordered, any(rule.log for rule in ordered))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +55,27 @@ class Groups:
     """The table of security groups, indexed by who has them."""
 
     def __init__(self) -> None:
-        self.used = False
-        """Whether the table's content counts: it is known, and groups are followed."""
+        self._used = False
+        self._reaches: dict[tuple[object, ...], Reach] = {}
         self._lists: dict[GroupId, RuleList] = {}
+        self._own: dict[Handle, tuple[Container, RuleList, RuleList]] = {}
         self._groups: dict[GroupId, SecurityGroup] = {}
         # Both by whether they are for staging, or for running.
         self._defaults: dict[bool, set[GroupId]] = {True: set(), False: set()}
         self._bound: dict[bool, defaultdict[SpaceId, set[GroupId]]] = {True: defaultdict(set), False: defaultdict(set)}
 
+    @property
+    def used(self) -> bool:
+        """Whether the table's content counts: it is known, and groups are followed."""
+        return self._used
+
+    def use(self, used: bool) -> None:
+        self._used = used
+        self._reaches.clear()
+
     def update(self, update: Update[SecurityGroup]) -> None:
         """Take one revision of the table."""
+        self._reaches.clear()
         for (guid,), group in update.changes.items():
             self._forget(GroupId(guid))
             if group is None:
@@ -104,12 +113,28 @@ class Groups:
         return sorted(self._groups[guid].name for guid, rules in self._lists.items() if rules.digest == digest)
 
     def reach(self, container: Container) -> Reach:
-        """Where a container may go off the overlay."""
-        lists = {self._lists[group.guid] for group in self.of(container)}
-        if (not self.used or container.space is None) and container.egress:
-            lists.add(RuleList.of(container.egress))
-        if container.opened:
-            lists.add(RuleList.of(container.opened))
+        """Where a container may go off the overlay. Containers with the same reach get the same object."""
+        egress, opened = self._lists_of(container)
         workload = Workload.APP if container.workload is Workload.TASK else container.workload
-        ordered = sorted((each for each in lists if each.rules), key=lambda each: (not each.logs, each.digest))
-        return Reach(workload, tuple(ordered))
+        own = (opened,) if self.used and container.space is not None else (egress, opened)
+        which = workload, container.space, *(each.digest for each in own)
+        known = self._reaches.get(which)
+        if known is None:
+            lists = {*own, *(self._lists[group.guid] for group in self.of(container))}
+            ordered = sorted((each for each in lists if each.rules), key=lambda each: (not each.logs, each.digest))
+            known = self._reaches[which] = Reach(workload, tuple(ordered))
+        return known
+
+    def forget(self, handle: Handle) -> None:
+        """A container is gone, and with the last of them what was noted of what each may reach."""
+        self._own.pop(handle, None)
+        if len(self._reaches) > 2 * len(self._own):
+            self._reaches.clear()
+
+    def _lists_of(self, container: Container) -> tuple[RuleList, RuleList]:
+        """Its own rules as lists: those it was made with, and those opened since. Made once for each container."""
+        known = self._own.get(container.handle)
+        if known is None or known[0] is not container:
+            known = container, RuleList.of(container.egress), RuleList.of(container.opened)
+            self._own[container.handle] = known
+        return known[1:]

@@ -89,7 +89,7 @@ class Model:
 
     def use_security_groups(self, used: bool) -> None:
         """Whether what the table says counts."""
-        self.security_groups.used = used
+        self.security_groups.use(used)
         self.touched.egress = True
 
     def admit(self, container: Container) -> None:
@@ -127,6 +127,7 @@ class Model:
     def forget(self, handle: Handle) -> None:
         """A container is gone; one that is not known is no error."""
         container = self.containers.pop(handle, None)
+        self.security_groups.forget(handle)
         if container is None or container.address is None:
             return
         address = container.address

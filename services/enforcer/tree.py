@@ -23,6 +23,7 @@ Sources = Mapping[Tag, tuple[Ports, ...]]
 """Who may open connections: the source's tag -> where to."""
 
 
+@lru_cache(maxsize=1 << 12)
 def group_of(address: IPv4Address) -> IPv4Network:
     """The /28 of a container."""
     return IPv4Network((address, GROUP), strict=False)
