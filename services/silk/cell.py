@@ -45,10 +45,13 @@ FENCE_CHECK_INTERVAL = 1.0
 UNKNOWN_GRACE = 60.0
 """Seconds that a device of an earlier life stays up while nobody says whether its lease still holds."""
 MAX_BACKOFF = 5.0
+SETTLED = 5.0
+PROBLEMS_INTERVAL = 300.0
 
 LEASE_SECONDS = Gauge("silkbus_silk_lease_seconds", "Seconds until this cell fences itself unless it renews its lease")
 PEERS = Gauge("silkbus_silk_peers", "Other cells that the overlay leads to")
 CONVERGE = Histogram("silkbus_silk_converge_seconds", "Time to make the overlay's entries what the leases say")
+PROBLEMS = Gauge("silkbus_silk_problems", "Things on this cell that are in the overlay's way; the log names them")
 ATTACH = Histogram("silkbus_silk_attach_seconds", "Time to attach a container")
 
 
@@ -99,6 +102,7 @@ class Cell:
             tasks.create_task(self._directory.run())
             tasks.create_task(self._follow_leases())
             tasks.create_task(self._mender.run())
+            tasks.create_task(self._tell_problems())
 
     def overlay(self) -> tuple[Lease, Device]:
         """The lease in use and the device. Raises NoLease."""
@@ -282,6 +286,22 @@ class Cell:
     def _request_sweep(self) -> None:
         self._sweep = True
         self._changed.set()
+
+    async def _tell_problems(self) -> None:
+        """Log each problem once, when it is found."""
+        told: set[Problem] = set()
+        await asyncio.sleep(SETTLED)
+        while True:
+            try:
+                own = None if self._tenure is None else self._tenure.lease
+                found = set(await self._kernel.run(self._network.problems, own, self.leases()))
+                PROBLEMS.set(len(found))
+                for problem in sorted(found - told):
+                    log.warning("problem on this cell: %s", problem.text, extra=about(problem=problem.name))
+                told = found
+            except TRANSIENT as error:
+                log.warning("problems cannot be looked for", extra=about(error=str(error)))
+            await asyncio.sleep(PROBLEMS_INTERVAL)
 
     async def _sleep_until_change(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -69,7 +69,13 @@ def ensure(overlay: Overlay, lease: Lease) -> Device:
     network = overlay.network_of(lease.subnet)
     with _explained(overlay), IPRoute() as ipr:
         parent = _parent(ipr, overlay)
-        mtu = overlay.mtu or parent.get_attr("IFLA_MTU") - VXLAN_OVERHEAD
+        most = parent.get_attr("IFLA_MTU") - VXLAN_OVERHEAD
+        mtu = overlay.mtu or most
+        if mtu > most:
+            raise OverlayError(
+                f"'mtu' is {mtu}, and with VXLAN's {VXLAN_OVERHEAD} bytes that is more than the MTU of"
+                f" {parent.get_attr('IFLA_IFNAME')}, {most + VXLAN_OVERHEAD}: set it to {most} or less, or to 0"
+            )
         link = _link(ipr, overlay.name)
         if link is not None and (reason := _unlike(link, overlay, lease, parent["index"])):
             _refuse_foreign(link, overlay)
@@ -156,7 +162,7 @@ def port_users(overlay: Overlay) -> str:
     users = [f"the VXLAN device {name}" for name in port_sharers(overlay)]
     for family in ("udp", "udp6"):
         with suppress(OSError):
-            for line in Path(f"/proc/net/{family}").read_text().splitlines()[1:]:
+            for line in Path(f"/proc/thread-self/net/{family}").read_text().splitlines()[1:]:
                 fields = line.split()
                 # The kernel's own sockets, VXLAN's, have no inode and are not listed.
                 if int(fields[1].rpartition(":")[2], 16) == overlay.port:

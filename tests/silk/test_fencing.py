@@ -18,7 +18,7 @@ from tests.silk.traffic import UdpStream
 
 pytestmark = pytest.mark.kernel
 
-EXPIRY = "6"
+EXPIRY = "4"
 
 
 def is_down(worker: Worker) -> bool:
