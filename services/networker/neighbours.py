@@ -25,7 +25,9 @@ class Neighbours:
         return answer.network("overlay_subnet")
 
     async def attach(self, wanted: Attachment) -> Link:
-        body = {"handle": wanted.handle, "netns": wanted.netns, "ifname": wanted.ifname, **wanted.wishes}
+        # Not by the mount, which the silk worker sees only if it is in our mount namespace.
+        netns = wanted.source or wanted.netns
+        body = {"handle": wanted.handle, "netns": netns, "ifname": wanted.ifname, **wanted.wishes}
         answer = await _call(self._silk, "POST", "/attach", body, self.attach_timeout)
         try:
             return Link.decode(answer)
