@@ -24,7 +24,7 @@ from services.enforcer.egress import DENIED, list_chain
 from services.enforcer.fixed import TAG_SET, static
 from services.enforcer.groups import RuleList
 from services.enforcer.kernel_view import CannotLook, Held, held, marks
-from services.enforcer.model import Model, Touched
+from services.enforcer.model import INGRESS_ROUTER, Model, Touched
 from services.enforcer.probe import MAX_CONTAINERS, probe
 from services.enforcer.reconciler import Reconciler
 from services.enforcer.rules import GUESTS, ChainId, Chains
@@ -327,7 +327,7 @@ class _Asked:
             return f"goes to the overlay with tag {tag or 0:04X}; the destination's cell decides"
         if to_container is not None or to_overlay:
             if verdict is Verdict.PASSES:
-                return self._allowed_by(app, tag, to_container)
+                return self._allowed_by(app, tag, to_container, made)
             if tag is None:
                 return f"{app or 'the source'} is in no policy, so its traffic has no tag"
             destination = None if to_container is None else to_container.app
@@ -354,12 +354,16 @@ class _Asked:
         names = sorted(group.name for group in groups)
         return f"no rule of its security groups lets it out ({', '.join(names)[:500] or 'it has none'})"
 
-    def _allowed_by(self, app: AppId | None, tag: Tag | None, to: Container | None) -> str:
+    def _allowed_by(self, app: AppId | None, tag: Tag | None, to: Container | None, made: Walk) -> str:
+        if made.chain is not None and made.chain.name == "sb-open":
+            return "disable_container_network_policy is set: containers reach one another without policies"
         if app is not None and to is not None and to.app is not None:
             for ports in self._model.ports(app, to.app):
                 if ports.protocol == self._flow.protocol and ports.start <= self._flow.port <= ports.end:
                     span = f"{ports.start}" if ports.start == ports.end else f"{ports.start}-{ports.end}"
                     return f"a policy from {app} (tag {tag or 0:04X}) to {to.app} allows {ports.protocol} {span}"
+        if app == INGRESS_ROUTER:
+            return f"enable_overlay_ingress_rules is set, and the app listens on port {self._flow.port}"
         return "a rule lets it in that is of no policy"
 
     def _app_of(self, view: _View) -> AppId | None:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -21,8 +21,11 @@ from bus import subjects
 from bus.connection import BusAway, Connection, NoAnswer, connect
 from bus.credentials import Credentials
 from bus.decode import Fields
+from bus.explaining import CellAnswer, Question
+from bus.messages import CellName, Revision
 from bus.permissions import CELL, OPERATOR, POLICY_SERVER, READER, SILK_CONTROLLER
 from bus.tables import LEASES, POLICIES, Replica
+from bus.wire import decode
 from tests.bus.guarded import Guarded, Thief, thief
 from tests.bus.tables import cancel, eventually
 from tests.nats_server import free_port
@@ -80,6 +83,32 @@ async def add_policy(url: str) -> None:
                 return
 
 
+def answering(cell: Connection) -> Callable[[str, bytes], None]:
+    """What answers questions about flows for cell-1, which has no containers."""
+    tasks = set()
+
+    def hear(subject: str, data: bytes) -> None:
+        question = Question.decode(decode(data, subject))
+        answer = CellAnswer(question.id, CellName("cell-1"), Revision(0))
+        tasks.add(asyncio.create_task(cell.publish(subjects.cell("cell-1", "explained"), answer.encode())))
+
+    return hear
+
+
+async def explained(url: str) -> dict[str, int]:
+    """How many cells were asked about a flow, and answered; once the server knows of the lease."""
+    params = {"source": "a", "destination": "b", "protocol": "tcp", "port": "80"}
+    deadline = time.monotonic() + WAIT
+    async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"bearer {TOKEN}"}, trust_env=False) as api:
+        while True:
+            answer = await api.get("/networking/v1/external/explain", params=params, timeout=30)
+            cells = answer.raise_for_status().json()["cells"]
+            if cells is not None and cells["answered"]:
+                return {**cells, "silent": cells["silent"]["count"]}
+            assert time.monotonic() < deadline, f"no cell answers: {cells}"
+            await asyncio.sleep(0.1)
+
+
 async def first_event(reader: Thief, stream: str, name: str) -> str:
     """The subject of the first event that a reader gets."""
     events = await reader.client.jetstream().pull_subscribe_bind(consumer=name, stream=stream)
@@ -118,6 +147,8 @@ async def test_the_services_work_and_try_nothing_that_is_not_permitted(tmp_path:
             assert answer.mapping("lease")["cell"] == "cell-1", answer
             await add_policy(f"http://127.0.0.1:{port}")
             await eventually(lambda: len(leases.entries) == 1 and len(policies.entries) == 3, WAIT)
+            await cell.listen(subjects.EXPLAIN, answering(cell))
+            assert await explained(f"http://127.0.0.1:{port}") == {"asked": 1, "answered": 1, "silent": 0}
             async with thief(guarded, READER, "r1") as reader:
                 assert await first_event(reader, "SILKBUS_LEASES", "r1") == "silkbus.event.leases.lease.acquired"
                 assert await first_event(reader, "SILKBUS_POLICIES", "r1") == "silkbus.event.policies.policy.added"

@@ -6,13 +6,16 @@ from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
+from httpx import ASGITransport, AsyncClient
 
 from bus.explaining import CellAnswer, Instance, Outcome, Question, Verdict
+from bus.local import Health, application
 from bus.messages import AppId, Protocol, SecurityGroup, Workload
 from bus.security_groups import AddressRange, EgressProtocol, EgressRule, GroupId, SpaceId
 from bus.tables import Update
 from bus.wire import decode, encode
 from services.enforcer.explain import CannotExplain, Explainer, Flow
+from services.enforcer.explain_door import ExplainApi
 from tests.enforcer.conftest import Enforcer, enforcing, tags, tcp, udp
 from tests.enforcer.world import Box, Cell
 
@@ -200,6 +203,52 @@ async def test_a_question_that_belongs_elsewhere(two_cells: list[Cell]) -> None:
     async with enforcing(here, "nft", known=tags(web=5)) as enforcer:
         with pytest.raises(CannotExplain, match="it is on cell cell-2: ask there, or by its app"):
             await explainer(enforcer).explain(flow(there.subnet[9], "web"))
+
+
+async def test_over_http_ends_are_apps_or_addresses(cell: Cell) -> None:
+    web, db = cell.box("web"), cell.box("db")
+    known = {**tags(web=5, db=6), ("policy", "db", "web"): (tcp(8080),)}
+    async with (
+        enforcing(cell, "nft", known=known) as enforcer,
+        AsyncClient(
+            transport=ASGITransport(application(ExplainApi(explainer(enforcer), "cell-1").routes(), Health())),
+            base_url="http://enforcer",
+        ) as api,
+    ):
+        for source, destination in ((web.address, db.address), ("web", db.address), (web.address, "db"), ("web", "db")):
+            ends = {"source": str(source), "destination": str(destination)}
+            answer = (await api.get("/explain", params={**ends, "port": "8080"})).raise_for_status().json()
+            assert (answer["cell"], answer["revision"]) == ("cell-1", 1)
+            (to,) = answer["destinations"]
+            assert (to["address"], to["verdict"], to["kernel_agrees"]) == (str(db.address), "passes", True)
+        ping = await api.get("/explain", params={"source": str(web.address), "destination": "db", "protocol": "icmp"})
+        assert ping.json()["destinations"][0]["verdict"] == "refused"
+        for query, words in (
+            ("source=web&destination=db", "port: must be a number in 1..65535"),
+            ("source=web&destination=db&port=70000", "port: must be a number in 1..65535"),
+            ("destination=db&port=1", "source: must be an app or an address"),
+            ("source=web&destination=db&port=1&protocol=sctp", "protocol: must be tcp, udp or icmp"),
+            ("source=web&destination=db&port=1&ports=1", "ports: no such parameter"),
+            ("source=10.255.1.99&destination=db&port=1", "10.255.1.99 is no container of this cell"),
+        ):
+            refused = await api.get(f"/explain?{query}")
+            assert refused.status_code == 400
+            assert words in refused.json()["error"]
+
+
+async def test_what_lets_in_without_a_policy_is_named(cell: Cell) -> None:
+    web, db = cell.box("web"), cell.box("db")
+    db.container = replace(db.container, ports=(8080,))
+    async with enforcing(cell, "nft", known=tags(INGRESS_ROUTER=9), enable_overlay_ingress_rules=True) as enforcer:
+        (routed,) = (await explainer(enforcer).explain(flow("INGRESS_ROUTER", "db"))).destinations
+        assert (routed.verdict, routed.kernel_agrees) == (Verdict.PASSES, True)
+        assert routed.reason == "enable_overlay_ingress_rules is set, and the app listens on port 8080"
+        (other,) = (await explainer(enforcer).explain(flow("INGRESS_ROUTER", "db", port=81))).destinations
+        assert other.verdict is Verdict.REFUSED
+    async with enforcing(cell, "nft", known={}, disable_container_network_policy=True) as enforcer:
+        (opened,) = (await explainer(enforcer).explain(flow(web, db))).destinations
+        assert (opened.verdict, opened.kernel_agrees) == (Verdict.PASSES, True)
+        assert opened.reason.startswith("disable_container_network_policy is set")
 
 
 async def test_a_probe_meets_what_a_container_would(cell: Cell, kind: str) -> None:

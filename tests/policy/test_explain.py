@@ -11,6 +11,7 @@ from tests.policy.test_access import UNKNOWN, Foundation, place, standing
 __all__ = ["place", "standing"]
 
 EXPLAIN = "/networking/v1/external/explain"
+PAIR = {"source": "a", "destination": "b", "protocol": "tcp", "port": "8080"}
 
 
 def explain(api: httpx.Client, source: str, destination: str, protocol: str = "tcp", port: int = 8080) -> Any:
@@ -84,6 +85,8 @@ def test_apps_that_nobody_knows(api: httpx.Client) -> None:
         ("source=&destination=b&protocol=tcp&port=1", "source"),
         ("source=a&source=b&destination=b&protocol=tcp&port=1", "source"),
         ("source=a&destination=b&protocol=tcp&port=1&x=1", "x"),
+        ("source=a&destination=b&protocol=tcp&port=1&probe=yes", "probe"),
+        ("source=a&destination=b&protocol=tcp&port=1&probe=true&probe=true", "probe"),
     ],
 )
 def test_a_bad_question_is_named(api: httpx.Client, query: str, named: str) -> None:
@@ -104,6 +107,10 @@ def test_a_developer_of_both_ends_may_ask(place: Foundation) -> None:
         add(admin, policy("a", "b"), policy("a", "c"))
     with place.client("network.write") as developer:
         assert explain(developer, "a", "b")["allowed"] is True
+        probed = developer.get(EXPLAIN, params={**PAIR, "probe": "true"})
+        assert probed.status_code == 403
+        assert probed.json()["error"].startswith("probe: connections are tried for those with network.admin only")
+        assert developer.get(EXPLAIN, params={**PAIR, "probe": "false"}).status_code == 200
         for pair in (("a", "c"), ("c", "a"), ("a", "nowhere")):
             params = {"source": pair[0], "destination": pair[1], "protocol": "tcp", "port": "8080"}
             answer = developer.get(EXPLAIN, params=params)
