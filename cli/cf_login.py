@@ -112,7 +112,9 @@ class CfLogin:
             return  # logged in anew, or out, meanwhile
         file = self.file.resolve()
         try:
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix="temp-config", delete=False) as temporary:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=file.parent, prefix="temp-config", delete=False
+            ) as temporary:
                 try:
                     # Made readable for its owner only; cf's indentation.
                     temporary.write(json.dumps({**current, **tokens}, indent=2, ensure_ascii=False))
@@ -137,7 +139,7 @@ def read() -> CfLogin | None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

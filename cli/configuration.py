@@ -128,7 +128,7 @@ def _token(sources: list[dict[str, str | None]]) -> str | None:
 
 def _read(file: Path) -> dict[str, str | None]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as error:

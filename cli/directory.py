@@ -63,7 +63,7 @@ def _candidates(apps: Iterable[App]) -> str:
 
 def _read(path: Path) -> list[App]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         apps = content["apps"]
         found = [App(*(_text(item, key) for key in ("guid", "name", "space", "org"))) for item in apps]
     except OSError as error:
