@@ -26,8 +26,9 @@ from bus.decode import Malformed
 from bus.json_input import Object, get_flag, get_text, parse
 from bus.log import about
 from bus.messages import Lease, Revision
-from services.silk.leases import Exhausted, LeaseLost, LeaseRefused, LeaseStore, OutsidePool, derived_cell
+from services.silk.leases import Exhausted, LeaseLost, LeaseRefused, LeaseStore, OutsidePool
 from services.silk.pool import Kind
+from services.silk.subnets import derived_cell
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from databases.core import Connection
 from bus.failpoints import failpoint
 from bus.ledger import Change, Ledger, Outcome
 from bus.log import about
-from bus.messages import CellName, Lease, cell_name, lease_key
+from bus.messages import CellName, Lease, lease_key
 from services.silk.pool import Kind, Pool
 from services.silk.renewals import Renewals
 from services.silk.schema import CLOCK, COLUMNS, LOCK, lease_of
-from services.silk.subnets import vtep_mac
+from services.silk.subnets import derived_cell, vtep_mac
 
 log = logging.getLogger(__name__)
 
@@ -317,11 +317,6 @@ class LeaseStore:
         query = f"SELECT {COLUMNS} FROM leases WHERE {column} = :value"  # noqa: S608 (our own column names)
         row = await connection.fetch_one(query, {"value": str(value)})
         return None if row is None else lease_of(row)
-
-
-def derived_cell(underlay: IPv4Address) -> CellName:
-    """The name of a cell that tells only its address, as the original's do."""
-    return cell_name(f"ip-{str(underlay).replace('.', '-')}")
 
 
 def _lost(lease: Lease) -> LeaseLost:

@@ -9,7 +9,6 @@ import logging
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from bus.messages import CellName, Lease, cell_name, lease_key
 from bus.tables.follower import State
 from services.silk.client import LeaseDenied, LeaseLost
 from services.silk.settings import WorkerSettings
+from services.silk.subnets import derived_cell
 from services.silk.tenure import Tenure, boot_clock
 
 log = logging.getLogger(__name__)
@@ -29,11 +29,6 @@ log = logging.getLogger(__name__)
 TIMEOUT = 5.0
 POLL_INTERVAL = 30.0
 MAX_BACKOFF = 30.0
-
-
-def derived_cell(underlay: IPv4Address) -> CellName:
-    """The name of a cell that tells only its address, as `ip-10-0-0-5`."""
-    return cell_name(f"ip-{str(underlay).replace('.', '-')}")
 
 
 @dataclass(frozen=True, slots=True)

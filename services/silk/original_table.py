@@ -11,9 +11,9 @@ from databases.core import Connection
 from databases.interfaces import Record
 
 from bus.messages import Lease
-from services.silk.leases import Terms, derived_cell
+from services.silk.leases import Terms
 from services.silk.schema import CLOCK
-from services.silk.subnets import vtep_mac
+from services.silk.subnets import derived_cell, vtep_mac
 
 _COLUMNS = {"id", "underlay_ip", "overlay_subnet", "overlay_hwaddr", "last_renewed_at"}
 

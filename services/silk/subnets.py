@@ -1,6 +1,8 @@
-"""The MACs of the VTEPs, which follow from the subnets (contract/cell.md 4.5)."""
+"""What follows from a cell's addresses: its VTEP's MAC (contract/cell.md 4.5), and a name where it tells none."""
 
 from ipaddress import IPv4Address, IPv4Network
+
+from bus.messages import CellName, cell_name
 
 _VTEP_PREFIX = "ee:ee:"
 
@@ -15,3 +17,8 @@ def vtep_address(mac: str) -> IPv4Address | None:
     if not mac.startswith(_VTEP_PREFIX):
         return None
     return IPv4Address(bytes.fromhex(mac.removeprefix(_VTEP_PREFIX).replace(":", "")))
+
+
+def derived_cell(underlay: IPv4Address) -> CellName:
+    """The name of a cell that tells only its address, as the original's do."""
+    return cell_name(f"ip-{str(underlay).replace('.', '-')}")
