@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from io import TextIOWrapper
 
 Main = Callable[[list[str]], int]
 
@@ -62,6 +63,7 @@ INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, without the program's name; the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    prepare_output()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         if len(arguments) > 1:
             return main([arguments[1], "--help"])
@@ -73,6 +75,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"silkbus: no command {name!r}{_resembling(name)}; `silkbus --help` lists them\n")
         return USAGE
     return run(command, rest)
+
+
+def prepare_output() -> None:
+    """What the terminal's encoding has no character for is written as an escape, rather than ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(command: Main, arguments: list[str]) -> int:

@@ -4,7 +4,7 @@ import os
 
 from cli import access, arguments, configuration, terminal
 from cli.errors import Failed
-from cli.main import find, run
+from cli.main import find, prepare_output, run
 from cli.plugin import commands
 from cli.plugin.gob import STRING
 from cli.plugin.login import PluginLogin
@@ -16,6 +16,7 @@ UNINSTALL = "CLI-MESSAGE-UNINSTALL"
 
 def called(port: int, name: str, words: list[str]) -> int:
     """Do what cf, which listens at `port`, calls for; the exit code."""
+    prepare_output()
     arguments.typed = commands.typed
     try:
         return _called(Cf(port), name, words)

@@ -142,3 +142,12 @@ def test_a_reader_that_has_had_enough_is_no_error(environment: dict[str, str]) -
     command = f"'{PROGRAM}' network-policies | true"
     done = subprocess.run(["bash", "-c", command], env={**os.environ, **environment}, capture_output=True, check=False)
     assert done.stderr == b""
+
+
+def test_a_terminal_that_lacks_a_character(silkbus: Run, home: Path) -> None:
+    apps = [{"guid": "g", "name": "caf\u00e9", "space": "dev", "org": "acme"}]
+    (home / "apps.json").write_text(json.dumps({"apps": apps}, ensure_ascii=False), encoding="utf-8")
+    narrow = {"PYTHONIOENCODING": "ascii", "SILKBUS_DIRECTORY": str(home / "apps.json")}
+    assert silkbus("--help", **narrow).out.startswith("Usage: silkbus COMMAND [ARGUMENT\\u2026]")
+    result = silkbus("network-policies", "--source", "caf\u00e9", **narrow)
+    assert result.out.startswith("Listing network policies of app caf\\xe9"), result.err
