@@ -30,7 +30,7 @@ from typing import NamedTuple
 from pyroute2 import netns
 
 from bus.messages import AppId, Container, Handle, Ports, Protocol, Stage, policy_key, tag_key
-from tests.enforcer.conftest import enforcing
+from tests.enforcer.conftest import Enforcer, enforcing
 from tests.enforcer.world import Box, Cell, cells
 
 APPS = 250
@@ -61,17 +61,23 @@ def known(policies: int) -> dict[tuple[str, ...], object]:
     return entries | {policy_key(*pair): (Ports(Protocol.TCP, PORT, PORT),) for pair in pairs}
 
 
-async def enforce(pair: list[Cell], kind: str, policies: int) -> None:
-    """Have the tables written; then nobody is needed for them."""
-    for cell in pair:
-        first = int(cell.subnet[3])
-        others = [
+async def fill(enforcer: Enforcer) -> None:
+    """Let the enforcer's cell have a container of each of the apps that are not measured."""
+    first = int(enforcer.cell.subnet[3])
+    enforcer.reconciler.restore(
+        [
             Container(Handle(f"h{n}"), "", Stage.READY, AppId(f"app-{n}"), IPv4Address(first + n), f"s-{n}")
             for n in range(1, APPS)
         ]
+    )
+    await enforcer.settled()
+
+
+async def enforce(pair: list[Cell], kind: str, policies: int) -> None:
+    """Have the tables written; then nobody is needed for them."""
+    for cell in pair:
         async with enforcing(cell, kind, known=known(policies)) as enforcer:
-            enforcer.reconciler.restore(others)
-            await enforcer.settled()
+            await fill(enforcer)
 
 
 def serve(box: Box, what: str, ready: Connection) -> None:
