@@ -70,7 +70,8 @@ class Cell:
     """The decisions, all made in the event loop. `network` is used in the kernel thread only.
 
     `_tenure` is the lease as last confirmed; `_device` is the overlay in use, None while there is none or it is fenced.
-    `_problem` says why there is none, `_fenced` why it is fenced, `_refusal` why no more containers are taken.
+    `_problem` says why there is none, `_fenced` why it is fenced, `_unrenewed` why the lease was not renewed, and
+    `_refusal` why no more containers are taken.
     """
 
     def __init__(self, settings: WorkerSettings, lessor: Lessor, directory: Directory, kernel: KernelThread) -> None:
@@ -85,6 +86,7 @@ class Cell:
         self._device: Device | None = None
         self._problem = "no lease yet: the Silk controller has not given one"
         self._fenced: str | None = None
+        self._unrenewed: str | None = None
         self._refusal: str | None = None
         self._torn_down = False
         self._confirming = asyncio.Lock()
@@ -161,12 +163,16 @@ class Cell:
         """What is wrong with this cell, in plain words."""
         own = None if self._tenure is None else self._tenure.lease
         found = await self._kernel.run(self._network.problems, own, self.leases())
-        said = [("overlay", None if self._device is not None else self._problem), ("kernel", self._mender.problem)]
+        said = [
+            ("overlay", None if self._device is not None else self._problem),
+            ("lease", self._unrenewed),
+            ("kernel", self._mender.problem),
+        ]
         return [Problem(name, text) for name, text in said if text is not None] + found
 
     def watch(self, health: Health) -> None:
         """Add what must be so for the worker to be ready."""
-        health.check("lease", lambda: self._problem if self._tenure is None else None)
+        health.check("lease", lambda: self._problem if self._tenure is None else self._unrenewed)
         health.check("overlay", lambda: self._problem if self._device is None else self._mender.problem)
         usable = (State.LIVE, State.CACHED)
         health.check("table", lambda: None if self._directory.state in usable else f"leases: {self._directory.state}")
@@ -197,7 +203,7 @@ class Cell:
         """Renew the lease, or acquire one, and see that the overlay is up for it."""
         known = self._tenure
         try:
-            tenure = await (self._lessor.acquire() if known is None else self._lessor.renew(known))
+            tenure = await (self._lessor.acquire() if known is None else self._renewed(known))
         except LeaseLost as error:
             self._tenure = None
             await self._fence(f"the lease is lost: {error}")
@@ -206,7 +212,9 @@ class Cell:
             if known is None:
                 self._problem = f"{self._fenced or 'no lease yet'}: {error}"
             raise
-        self._tenure = tenure
+        if known is not None and known.lease != tenure.lease:
+            self._device = None
+        self._tenure, self._unrenewed = tenure, None
         try:
             await self._kernel.run(tenures.save, tenure, self._file)
         except OSError as error:
@@ -218,6 +226,16 @@ class Cell:
                 self._problem = f"{self._fenced or 'the overlay cannot be set up'}: {error}"
                 raise
         return tenure
+
+    async def _renewed(self, known: Tenure) -> Tenure:
+        """The lease, renewed. One that is refused is used until it ends, or given up at once if there are no containers."""
+        try:
+            return await self._lessor.renew(known)
+        except LeaseDenied as error:
+            self._unrenewed = f"the lease is not renewed: {error}"
+            if await self._kernel.run(self._network.containers):
+                raise
+            return await self._lessor.acquire()
 
     async def _take_up(self, tenure: Tenure) -> None:
         self._device = await self._kernel.run(self._network.take_up, tenure.lease)

@@ -133,3 +133,22 @@ async def test_a_machine_with_a_single_address(start: Start) -> None:
     # The original's daemon does not recognise its own here, and makes the device anew (contract/cell.md 5.2).
     assert worker.cell.sh("ip", "-o", "link", "show", "silk-vtep") == before
     assert centre.count_leases() == 1
+
+
+async def test_a_subnet_that_is_not_of_the_pool_any_more_is_left_once_the_cell_is_empty(start: Start) -> None:
+    centre, (worker,) = start(lease_expiry="24", worker={"overlay_network": "10.255.0.0/16,10.222.0.0/16"})
+    await worker.ready()
+    await worker.attach("web-1", worker.cell.container())
+    centre.controller.stop()
+    centre.controller.start(overlay_network="10.222.0.0/16")
+    await worker.until(lambda answer: isinstance(answer, dict))
+    end = asyncio.get_running_loop().time() + 60
+    while "drain the cell" not in (await worker.readyz())[1]:
+        assert asyncio.get_running_loop().time() < end, await worker.readyz()
+        await asyncio.sleep(0.1)
+    assert (await worker.attach("web-2", worker.cell.container()))["address"] == "10.255.1.3", "it goes on meanwhile"
+    for handle in ("web-1", "web-2"):
+        await worker.call("POST", "/detach", {"handle": handle, "netns": None, "ifname": "eth0"})
+    await worker.until(lambda answer: isinstance(answer, dict) and answer["overlay_subnet"] == "10.222.1.0/24")
+    assert (await worker.readyz())[0] == 200
+    assert (await worker.attach("web-3", worker.cell.container()))["address"] == "10.222.1.2"
