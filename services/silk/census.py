@@ -68,7 +68,9 @@ async def take(store: LeaseStore) -> Census:
 
     async def work(connection: Connection) -> Census:
         now = int(await connection.fetch_val(f"SELECT {store.clock} AS now"))
-        rows = await connection.fetch_all("SELECT subnet, renewed_at FROM leases")
+        rows = await connection.fetch_all(
+            f"SELECT subnet, renewed_at, {store.ends_at} AS ends_at FROM leases"  # noqa: S608
+        )
         former = await connection.fetch_all(
             "SELECT subnet, released_at FROM former_leases WHERE released_at > :rested", {"rested": now - terms.rest}
         )
@@ -82,8 +84,8 @@ async def take(store: LeaseStore) -> Census:
         return Census(
             now=now,
             leases=len(rows),
-            overdue=sum(row["renewed_at"] + terms.expiry / 2 < now for row in rows),
-            expired=sum(row["renewed_at"] + terms.expiry < now for row in rows),
+            overdue=sum((row["renewed_at"] + row["ends_at"]) / 2 < now for row in rows),
+            expired=sum(row["ends_at"] < now for row in rows),
             outside=sum(terms.pool.kind_of(IPv4Network(subnet)) is None for subnet in leased),
             ahead=sum(time > now for time in times),
             stock=stock,

@@ -118,7 +118,7 @@ class Expiry:
         if before is None:
             return
         passed = here - before[0]
-        if passed > 3 * self._interval + MAX_CLOCK_ERROR:
+        if passed > 3 * self._interval + min(MAX_CLOCK_ERROR, self._interval):
             self._hearing.interrupted(f"nothing was done for {passed:.0f} s")
         elif abs(now - before[1] - passed) > MAX_CLOCK_ERROR:
             self._hearing.interrupted(f"the database's clock went {now - before[1]} s in {passed:.0f} s")
@@ -149,6 +149,7 @@ class Expiry:
             f"{found.overdue} of {found.leases} leases have not been renewed for half their time, and at most {allowed}"
             f" may be that: see whether cells reach the bus and the controllers; if those cells are no more, end their"
             f" leases with `silkbus silk expire`; until then the {found.expired} that are due are kept"
+            + (f"; {found.outside} are not renewed since they are outside the pool" if found.outside else "")
         )
         if self.problem is None:
             log.error("leases are not ended, too many are due", extra=about(problem=problem))
@@ -177,7 +178,7 @@ async def end_expired(store: LeaseStore, actor: str) -> Outcome[list[Lease]]:
 
     async def work(change: Change) -> list[Lease]:
         due = (
-            f"SELECT {COLUMNS} FROM leases WHERE renewed_at + {store.terms.expiry} < {store.clock}"  # noqa: S608
+            f"SELECT {COLUMNS} FROM leases WHERE {store.ends_at} < {store.clock}"  # noqa: S608
             f" ORDER BY subnet{store.lock}"
         )
         leases = [lease_of(row) for row in await change.database.fetch_all(due)]

@@ -128,7 +128,8 @@ async def _run(settings: ControllerSettings, options: argparse.Namespace) -> Non
 
 async def _leases(store: LeaseStore, as_json: bool) -> None:
     rows = await store.ledger.database.fetch_all(
-        f"SELECT {COLUMNS}, acquired_at, renewed_at, {store.clock} - renewed_at AS age FROM leases"  # noqa: S608
+        f"SELECT {COLUMNS}, acquired_at, renewed_at, {store.clock} - renewed_at AS age, {store.ends_at} < {store.clock} AS expired"  # noqa: S608
+        " FROM leases"
     )
     rows = sorted(rows, key=lambda row: IPv4Network(row["subnet"]))
     if as_json:
@@ -139,7 +140,7 @@ async def _leases(store: LeaseStore, as_json: bool) -> None:
     for row in rows:
         subnet = IPv4Network(row["subnet"])
         note = "" if store.terms.pool.kind_of(subnet) else "  (outside the pool)"
-        late = "  (expired)" if row["age"] > store.terms.expiry else ""
+        late = "  (expired)" if row["expired"] else ""
         _print(line.format(row["subnet"], row["underlay"], f"{row['age']} s ago", f"{row['cell']}{note}{late}"))
 
 

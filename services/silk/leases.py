@@ -65,9 +65,10 @@ class LeaseStore:
         self.ledger = ledger
         self.terms = terms
         self._committed = committed
-        self._renewals = Renewals(ledger)
+        self._renewals = Renewals(ledger, terms.expiry)
         dialect = ledger.database.url.dialect
         self.clock, self.lock = CLOCK[dialect], LOCK[dialect]
+        self.ends_at = f"renewed_at + COALESCE(expires_in, {terms.expiry})"
 
     async def acquire(
         self, cell: CellName, underlay: IPv4Address, kind: Kind = Kind.BLOCK, *, had: IPv4Network | None = None
@@ -159,13 +160,13 @@ class LeaseStore:
         return await self.commit(work, actor)
 
     async def put(self, change: Change, lease: Lease, renewed_at: int | None = None) -> None:
-        """Write down a lease, inside a change: its subnet, cell and address have none. `renewed_at`: None is now."""
+        """Write down a lease, inside a change: its subnet, cell and address have none. `renewed_at`: now, if None."""
         values: dict[str, Any] = {**lease.encode(), "cell": str(lease.cell)}
         await change.database.execute("DELETE FROM former_leases WHERE subnet = :subnet", {"subnet": values["subnet"]})
-        renewed = self.clock if renewed_at is None else str(int(renewed_at))
+        renewed, expires_in = (self.clock, self.terms.expiry) if renewed_at is None else (int(renewed_at), "NULL")
         await change.database.execute(
-            "INSERT INTO leases (subnet, cell, underlay, mac, acquired_at, renewed_at)"  # noqa: S608
-            f" VALUES (:subnet, :cell, :underlay, :mac, {self.clock}, {renewed})",
+            "INSERT INTO leases (subnet, cell, underlay, mac, acquired_at, renewed_at, expires_in)"  # noqa: S608
+            f" VALUES (:subnet, :cell, :underlay, :mac, {self.clock}, {renewed}, {expires_in})",
             values,
         )
         change.put(lease_key(lease.subnet), lease.encode())
@@ -179,7 +180,7 @@ class LeaseStore:
 
     async def active(self) -> list[Lease]:
         """The leases whose time is not over, by subnet."""
-        query = f"SELECT {COLUMNS} FROM leases WHERE renewed_at + {self.terms.expiry} >= {self.clock}"  # noqa: S608
+        query = f"SELECT {COLUMNS} FROM leases WHERE {self.ends_at} >= {self.clock}"  # noqa: S608
         rows = await self.ledger.read(lambda connection: connection.fetch_all(query))
         return sorted(map(lease_of, rows), key=lambda lease: lease.subnet)
 

@@ -20,8 +20,10 @@ AT_ONCE = 256
 class Renewals:
     """Notes that cells still have the very leases they say."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, expiry: int) -> None:
+        """`expiry`: for how many seconds cells are told that a renewal holds."""
         self._ledger = ledger
+        self._expiry = expiry
         dialect = ledger.database.url.dialect
         self._clock, self._lock = CLOCK[dialect], LOCK[dialect]
         self._waiting: list[tuple[Lease, asyncio.Future[bool]]] = []
@@ -61,7 +63,7 @@ class Renewals:
         if held:
             names, values = _list(sorted(str(lease.subnet) for lease in held))
             await connection.execute(
-                f"UPDATE leases SET renewed_at = {self._clock} WHERE subnet IN ({names})",  # noqa: S608
+                f"UPDATE leases SET renewed_at = {self._clock}, expires_in = {self._expiry} WHERE subnet IN ({names})",  # noqa: S608
                 values,
             )
         return held

@@ -4,7 +4,9 @@ A lease belongs to a cell's name; a subnet, a cell and an underlay address have 
 `former_leases` remembers whose a subnet was last, since when it is free, and whether it was given back or expired. The
 names differ from the original's one table, `subnets` (contract/cell.md 4.4), so both can lie in one database.
 
-Times are whole seconds of the database's clock, so that several controllers agree.
+Times are whole seconds of the database's clock, so that several controllers agree. `expires_in` is what the cell was
+last told: it counts by that, so a shorter `lease_expiry` holds for it only from its next renewal on. It is NULL where
+no cell was told anything yet: leases of an earlier version, or taken over.
 """
 
 from ipaddress import IPv4Address, IPv4Network
@@ -47,6 +49,7 @@ MIGRATIONS: list[Step] = [
             "ALTER TABLE former_leases ADD COLUMN expired SMALLINT DEFAULT 0 NOT NULL",
         ],
     ),
+    ("lease-3", ["ALTER TABLE leases ADD COLUMN expires_in BIGINT"]),
 ]
 
 CLOCK = {

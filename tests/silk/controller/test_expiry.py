@@ -9,7 +9,7 @@ from databases import Database
 
 from services.silk import schema
 from services.silk.expiry import LOW_SHARE, Expiry, Hearing, end_expired
-from services.silk.leases import Exhausted, LeaseLost, LeaseStore
+from services.silk.leases import Exhausted, LeaseLost, LeaseStore, Terms
 from services.silk.pool import Kind
 from tests.silk.controller.conftest import EXPIRY, OVERLAY, REST, SMALL, MakeStore, lease, pass_time, table
 
@@ -214,3 +214,15 @@ async def test_it_says_when_subnets_run_out(make_store: MakeStore, caplog: pytes
         assert ("subnets are running out" in caplog.text) == low
     await lease(make_store(OVERLAY), size + 1)
     assert caplog.text.count("subnets are running out") == 1, "once is enough"
+
+
+async def test_a_shorter_expiry_does_not_break_what_cells_were_told(make_store: MakeStore, opened: Database) -> None:
+    """A cell that is cut off goes by what it was told, and nobody may have its subnet until then."""
+    store = make_store()
+    held = [await lease(store, number) for number in (1, 2)]
+    shorter = Centre(LeaseStore(store.ledger, Terms(store.terms.pool, EXPIRY // 10, REST)), share=1)
+    await shorter.store.renew(held[1])
+    await pass_time(opened, EXPIRY // 10 + 1)
+    assert await shorter.look() == {"cell-1"}
+    await pass_time(opened, EXPIRY)
+    assert await shorter.look() == set()

@@ -141,7 +141,7 @@ def silkbus(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 async def test_by_command_and_what_an_operator_sees(database: EmptyDatabase, tmp_path: Path) -> None:
     ours = ("--database", f"sqlite:///{tmp_path}/silk.db")
-    assert silkbus("migrate", "--dry-run", *ours).stdout == "ledger-1\nlease-1\nlease-2\n"
+    assert silkbus("migrate", "--dry-run", *ours).stdout == "ledger-1\nlease-1\nlease-2\nlease-3\n"
     assert silkbus("migrate", *ours).returncode == 0
     assert silkbus("migrate", *ours).stdout == "the schema is up to date\n"
     async with original(database):
