@@ -1,18 +1,28 @@
 """Desired state as text: what is rendered, how it is split, what is written for a difference."""
 
 from dataclasses import replace
+from ipaddress import IPv4Address
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bus.messages import Ports, Protocol, Tag
+from bus.decode import Malformed
+from bus.messages import Container, Handle, PortForward, Ports, Protocol, Revision, Stage, Tag, Workload
+from bus.security_groups import EgressRule, SpaceId
+from bus.settings import load
+from bus.tables import Update
 from services.enforcer.desired import dispatch, family_of
+from services.enforcer.egress import egress_chains, list_rules
 from services.enforcer.fixed import fence, static, static_v6
+from services.enforcer.forwarding import forwarding_chains
+from services.enforcer.groups import Groups, RuleList
 from services.enforcer.iptables import Picture, difference, parse
 from services.enforcer.rules import ChainId, Chains, rule
 from services.enforcer.settings import EnforcerSettings
 from services.enforcer.tree import Sources, allowing, app_chains, levels
+from tests.enforcer.outside import group, may
 
 SETTINGS = EnforcerSettings(cell="c", iptables="nft")
 HTTP = Ports(Protocol.TCP, 80, 80)
@@ -198,3 +208,116 @@ def test_a_jump_of_ours_that_is_not_first_is_moved() -> None:
     parse("filter", f":FORWARD ACCEPT [0:0]\n-A FORWARD -j OTHER\n-A FORWARD {jump.specification}\n", picture)
     edit = difference(picture, {ChainId("filter", "FORWARD"): (jump,)})
     assert edit.lines == {"filter": [f"-D FORWARD {jump.specification}", f"-I FORWARD 1 {jump.specification}"]}
+
+
+def of_list(*rules: EgressRule) -> list[str]:
+    return [f"{made.match} -j {made.target}".lstrip() for made in list_rules(RuleList.of(rules))]
+
+
+def test_rules_of_a_group_are_one_for_each_destination_and_15_ports() -> None:
+    assert of_list(may("tcp", "10.0.0.0/8,10.0.0.1-10.0.0.7,1.2.3.4", 80, (8000, 8100))) == [
+        "-d 10.0.0.0/8 -p tcp -m multiport --dports 80,8000:8100 -j ACCEPT",
+        "-m iprange --dst-range 10.0.0.1-10.0.0.7 -p tcp -m multiport --dports 80,8000:8100 -j ACCEPT",
+        "-d 1.2.3.4 -p tcp -m multiport --dports 80,8000:8100 -j ACCEPT",
+    ]
+    assert of_list(may("udp", "0.0.0.0/0", 53)) == ["-p udp -m udp --dport 53 -j ACCEPT"]
+    assert of_list(may("tcp", "0.0.0.0-255.255.255.255", (1, 65535))) == ["-p tcp -j ACCEPT"]
+    assert of_list(may("all", "0.0.0.0/0")) == ["-j ACCEPT"]
+    assert of_list(may("icmp", "1.2.3.4")) == ["-d 1.2.3.4 -p icmp -j ACCEPT"]
+    assert of_list(may("icmp", "1.2.3.4", icmp=(0, None))) == ["-d 1.2.3.4 -p icmp -m icmp --icmp-type 0 -j ACCEPT"]
+    assert of_list(may("icmp", "1.2.3.4", icmp=(3, 0))) == ["-d 1.2.3.4 -p icmp -m icmp --icmp-type 3/0 -j ACCEPT"]
+    many = of_list(may("tcp", "1.2.3.4", *range(1, 15), (100, 200), 300))
+    assert [line.split()[7] for line in many] == [",".join(map(str, range(1, 15))), "100:200,300"]
+    assert len(of_list(*[may("tcp", "1.2.3.4", 80)] * 2, may("tcp", "1.2.3.4", 80, 80))) == 1
+
+
+def test_what_logs_comes_first_whatever_the_order() -> None:
+    quiet = may("all", "0.0.0.0/0")
+    assert of_list(quiet, replace(quiet, log=True)) == ["-j sb-let-out", "-j ACCEPT"]
+
+
+@given(st.lists(st.integers(1, 65535) | st.tuples(st.integers(1, 400), st.integers(400, 65535)), min_size=1))
+@settings(deadline=None)
+def test_bundles_of_ports_hold_15_and_lose_none(ports: list[int | tuple[int, int]]) -> None:
+    made = of_list(may("tcp", "1.2.3.4", *ports))
+    told = [span for line in made if "port" in line for span in line.split(" -j ")[0].split()[-1].split(",")]
+    spans = {(each, each) if isinstance(each, int) else each for each in ports}
+    if (1, 65535) in spans:
+        assert made == ["-d 1.2.3.4 -p tcp -j ACCEPT"]
+        return
+    assert {(int(span.split(":")[0]), int(span.split(":")[-1])) for span in told} == spans
+    for line in made:
+        assert sum(1 + (":" in span) for span in line.split(" -j ")[0].split()[-1].split(",")) <= 15
+
+
+def test_equal_lists_and_combinations_are_held_once() -> None:
+    groups = Groups()
+    groups.use(True)
+    rules = [may("tcp", "1.2.3.4", 80), may("udp", "1.2.3.4", 80)]
+    told = [group("a", *rules, running="default"), group("b", *rules, running="s"), group("c", rules[0], running="t")]
+    groups.update(Update(Revision(1), {(each.guid,): each for each in told}))
+    reaches = {
+        IPv4Address(f"10.255.1.{n}"): groups.reach(
+            Container(Handle(f"h{n}"), "/n", Stage.READY, workload=Workload.APP, space=SpaceId("st"[n % 2]))
+        )
+        for n in range(2, 22)
+    }
+    made = text(egress_chains(SETTINGS, reaches)).splitlines()
+    assert len([line for line in made if line.startswith("filter sb-s-")]) == 3
+    assert len([line for line in made if line.startswith("filter sb-e-")]) == (1 + 1) + (1 + 2)
+    assert len([line for line in made if line.startswith("filter sb-f-")]) == 20
+    assert len([line for line in made if line.startswith("filter sb-from ")]) == 2
+
+
+def test_a_forwarded_port_is_found_in_three_steps() -> None:
+    forwards = (PortForward(61001, 8080), PortForward(53, 53, Protocol.UDP, IPv4Address("10.0.0.9")))
+    one = Container(Handle("one"), "/n", Stage.READY, address=IPv4Address("10.255.1.2"), forwards=forwards)
+    later = replace(one, handle=Handle("later"), address=IPv4Address("10.255.1.3"), forwards=forwards[:1])
+    assert text(forwarding_chains([one], None)).splitlines() == [
+        "nat sb-nat -d 10.0.0.9/32 -p udp -m udp --dport 0:255 -j sb-p-udp00",
+        "nat sb-p-udp00-3 -d 10.0.0.9/32 -p udp -m udp --dport 53 -j DNAT --to-destination 10.255.1.2:53",
+        "nat sb-p-udp00 -p udp -m udp --dport 48:63 -j sb-p-udp00-3",
+    ]
+    chains = forwarding_chains([one, later], IPv4Address("10.0.0.5"))
+    assert "nat sb-nat -d 10.0.0.5/32 -p tcp -m tcp --dport 60928:61183 -j sb-p-tcpee" in text(chains)
+    assert [line for line in text(chains).splitlines() if "61001" in line] == [
+        "nat sb-p-tcpee-4 -d 10.0.0.5/32 -p tcp -m tcp --dport 61001 -j DNAT --to-destination 10.255.1.3:8080"
+    ], "of two that want the same, the later has it"
+    many = [
+        replace(one, address=IPv4Address("10.255.1.4"), forwards=tuple(PortForward(p, 1) for p in range(61000, 65536)))
+    ]
+    assert max(map(len, forwarding_chains(many, IPv4Address("10.0.0.5")).values())) <= 20
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"deny_networks_always": ("10.0.0.0/33",)},
+        {"metadata_endpoints": ("fd00::1",)},
+        {"host_tcp_services": ("10.0.0.5",)},
+        {"host_tcp_services": ("127.0.0.1:80",)},
+        {"host_udp_services": ("10.0.0.5:0",)},
+        {"outbound_rate": 0},
+        {"outbound_burst": 100_000},
+    ],
+)
+def test_settings_that_cannot_be_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(Malformed, match=next(iter(wrong))):
+        EnforcerSettings(cell="c", **wrong)
+
+
+def test_settings_come_as_text() -> None:
+    loaded = load(
+        EnforcerSettings,
+        None,
+        {
+            "SILKBUS_CELL": "c",
+            "SILKBUS_DENY_NETWORKS_ALWAYS": "172.16.1.0/12, 10.0.0.1",
+            "SILKBUS_DNS_SERVERS": "169.254.0.2,8.8.8.8",
+            "SILKBUS_METADATA_ENDPOINTS": "",
+            "SILKBUS_INSTANCE_ADDRESS": "10.0.0.5",
+        },
+    )
+    assert [str(network) for network in loaded.denied_always] == ["172.16.0.0/12", "10.0.0.1/32"]
+    assert [str(service.address) for service in loaded.host_services] == ["169.254.0.2"] * 2
+    assert loaded.instance_address == IPv4Address("10.0.0.5")
