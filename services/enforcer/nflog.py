@@ -20,7 +20,7 @@ _ULOG = 4 << 8  # NFNL_SUBSYS_ULOG
 _PACKET, _CONFIG = _ULOG | 0, _ULOG | 1
 _REQUEST, _ACK = 0x1, 0x4
 _ERROR = 2
-_CFG_CMD, _CFG_MODE, _CFG_FLAGS = 1, 2, 6
+_CFG_CMD, _CFG_MODE, _CFG_TIMEOUT, _CFG_FLAGS = 1, 2, 4, 6
 _BIND = 1
 _COPY_PACKET = 2
 _SEQUENCE = 1
@@ -29,6 +29,8 @@ _SO_RCVBUFFORCE = 33
 
 COPIED = 60 + 8
 """Bytes of each packet that are copied: the longest IPv4 header, and the ports or type and code after it."""
+GATHERED = 10
+"""Hundredths of a second for which the kernel may gather packets before it hands them over."""
 BUFFER = 2 << 20
 TIMEOUT = 5.0
 _HEADER = struct.Struct("=IHHII")
@@ -81,6 +83,7 @@ class NflogSocket:
                     ) from error
                 raise
             self._configure(group, _CFG_MODE, struct.pack("!IBB", COPIED, _COPY_PACKET, 0))
+            self._configure(group, _CFG_TIMEOUT, struct.pack("!I", GATHERED))
             self._configure(group, _CFG_FLAGS, struct.pack("!H", _SEQUENCE))
             self._socket.setblocking(False)
         except BaseException:
