@@ -228,7 +228,7 @@ class Cell:
         return tenure
 
     async def _renewed(self, known: Tenure) -> Tenure:
-        """The lease, renewed. One that is refused is used until it ends, or given up at once if there are no containers."""
+        """The lease, renewed. One that is refused is used until it ends, or given up if there are no containers."""
         try:
             return await self._lessor.renew(known)
         except LeaseDenied as error:
