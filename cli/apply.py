@@ -150,7 +150,7 @@ def _change(session: Session, add: list[Policy], remove: list[Policy]) -> int | 
 
 
 def _show(arguments: argparse.Namespace, found: Plan, remove: list[Policy], *, done: bool) -> None:
-    left = [policy for policy in found.extra if policy not in set(remove)]
+    left = [] if remove else found.extra
     if arguments.output != "table":
         groups = {"add": found.add, "remove": remove, "extra": left, "kept": found.kept}
         value = {

@@ -17,11 +17,10 @@ from cli import arguments as command_line
 from cli import output, terminal
 from cli.apps import App
 from cli.client import Policy
-from cli.errors import Failed, Refused
 from cli.history import fetch, limit, local, sentence
 from cli.policies import as_value
 from cli.session import Session
-from cli.sse import Ended, Event, following
+from cli.sse import Event, following, passing
 
 LIMIT = 10
 ATTEMPTS = 20
@@ -101,7 +100,7 @@ class _Stream:
             log.warning("the stream of events broke off (%s), taking it up again", error)
 
         Retrying(
-            retry=retry_if_exception(_passing),
+            retry=retry_if_exception(passing),
             stop=lambda _: self._failures >= ATTEMPTS,
             wait=wait_exponential(0.5, max=8),
             before_sleep=say,
@@ -133,13 +132,6 @@ class _Stream:
             self._shown, self._last = int(event.data["revision"]), ""
         elif event.kind and not (event.kind.startswith("policy.") and event.data["revision"] <= self._shown):
             self._printer.show(event)
-
-
-def _passing(error: BaseException) -> bool:
-    """Whether it may be over in a moment: the server restarts, say."""
-    return isinstance(error, Ended) or (
-        isinstance(error, Failed) and not (isinstance(error, Refused) and error.status < 500)
-    )
 
 
 class _Printer:

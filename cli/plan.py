@@ -44,7 +44,7 @@ def make(manifest: Manifest, apps: Apps, present: Iterable[Policy], org: str | N
     others = [policy for policy in present if policy not in desired]
     sources = {source for rule in manifest.rules for source in rule.sources}
     own = _spaces(found[source] for source in sources)
-    own |= {(its_org or org or "", name) for its_org, name in manifest.spaces}
+    own |= {(_org_of(name, its_org or org, manifest), name) for its_org, name in manifest.spaces}
     named = own | _spaces(found.values())
     known = {app.guid: app for app in found.values()}
     for its_org, name in named:
@@ -58,6 +58,12 @@ def make(manifest: Manifest, apps: Apps, present: Iterable[Policy], org: str | N
         kept=[policy for policy in desired if policy in there],
         apps=known,
     )
+
+
+def _org_of(space: str, org: str | None, manifest: Manifest) -> str:
+    if not org:
+        raise Failed(f"{manifest.file}: space {space}: of which org? Write ORG/{space}, or `org: ORG`, or target one.")
+    return org
 
 
 def _concerned(source: App, destination: App, own: Collection[Space], named: Collection[Space]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli.client import Client, checked
-from cli.errors import Failed
+from cli.errors import Failed, Refused
 from cli.web import Answer
 
 SILENCE = 45.0
@@ -17,6 +17,14 @@ SILENCE = 45.0
 
 class Ended(Exception):
     """The stream has ended or broken off; one may come back."""
+
+
+def passing(error: BaseException) -> bool:
+    """Whether it may be over in a moment: the server restarts, say."""
+    return isinstance(error, Ended) or (
+        isinstance(error, Failed)
+        and not (isinstance(error, Refused) and error.status < http.client.INTERNAL_SERVER_ERROR)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,10 @@ def following(client: Client, path: str, last: str = "", *, silence: float = SIL
     """
     headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
     with client.server.open("GET", path, headers=headers, timeout=silence) as response:
+        if response.status == http.client.NOT_FOUND:
+            what = path.partition("?")[0]
+            text = f"{client.server.url} has no {what}: it is not Silkbus's policy server, or an older one"
+            raise Refused(text, response.status, text)
         if response.status != http.client.OK:
             try:
                 body = response.read()

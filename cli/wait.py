@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_exponential
 
 from cli import terminal
 from cli.arguments import Parser
 from cli.client import Client
-from cli.errors import Failed, WrongUsage
-from cli.sse import Ended, following
+from cli.errors import Failed, Refused, WrongUsage
+from cli.sse import Ended, following, passing
 
 UNREACHABLE = 3
 """Exit code: all cells that can be reached enforce the change, others could not be reached."""
@@ -77,8 +77,7 @@ def until_realised(client: Client, revision: int | None, timeout: float) -> Any:
         log.warning("no news of the cells (%s), asking again", error)
 
     retrying = Retrying(
-        # Failed: refused for good, or not to be reached just now; a wrong token or path was told by the change itself.
-        retry=retry_if_exception_type((Ended, Failed)),
+        retry=retry_if_exception(passing),
         stop=stop_before_delay(max(0.0, timeout)),
         wait=wait_exponential(0.2, max=3),
         before_sleep=say,
@@ -101,9 +100,12 @@ def until_realised(client: Client, revision: int | None, timeout: float) -> Any:
 
         try:
             retrying(follow)
-        except Ended as error:
+        except Refused:
+            raise
+        except (Ended, Failed) as error:
             if seen is None:
-                raise Failed(f"{client.server.url} said nothing of the cells within {timeout:g} s: {error}") from None
+                text = f"{client.server.url} said nothing of the cells within {timeout:g} s: {error}"
+                raise Failed(text) from None
     return seen
 
 

@@ -61,17 +61,13 @@ def kind_in_use(settings: DoctorSettings) -> str | None:
 
 
 def read(kind: str) -> Rules | None:
-    """The rules of this kind; None without its program, or when the kernel has no tables of it."""
+    """The rules of this kind; None without its program."""
     program = shutil.which(f"iptables-{kind}-save")
     if program is None:
         return None
     arguments: list[list[str]] = [[]]
     if kind == "legacy":
-        try:
-            tables = Path("/proc/thread-self/net/ip_tables_names").read_text().split()
-        except OSError:
-            return None
-        arguments = [["-t", table] for table in tables]
+        arguments = [["-t", table] for table in legacy_tables()]
     text = ""
     for extra in arguments:
         done = subprocess.run(  # noqa: S603 (our own words, no shell)
@@ -79,6 +75,14 @@ def read(kind: str) -> Rules | None:
         )
         text += done.stdout
     return parse(text)
+
+
+def legacy_tables() -> list[str]:
+    """The legacy tables that there are."""
+    try:
+        return Path("/proc/thread-self/net/ip_tables_names").read_text().split()
+    except OSError:
+        return []
 
 
 def parse(saved: str) -> Rules:

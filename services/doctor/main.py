@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from ipaddress import AddressValueError, IPv4Address
+from typing import Any
 
 import yaml
 
 from bus.settings import SettingsError, command_line, load
 from services.doctor import bus, cell, clock, filters, kernel, offload, overlay
+from services.doctor.evidence import gather
 from services.doctor.finding import Finding, Level, guarded
 from services.doctor.offload import Target
 from services.doctor.settings import DoctorSettings
@@ -61,6 +63,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-o", "--output", choices=("table", "json", "yaml"), default="table")
     parser.add_argument("--through", metavar="HANDLE", help="container from which to fill a connection to --to")
     parser.add_argument("--to", metavar="ADDRESS:PORT", help="where to, over the overlay: blank lines are sent there")
+    parser.add_argument("--evidence", action="store_true", help="with -o json or yaml: add rules, links and the like")
     parser.add_argument("--verbose", action="store_true", help="say on standard error how checks fail")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.CRITICAL)
@@ -78,7 +81,10 @@ def main(argv: list[str]) -> int:
         if arguments.output == "table":
             _print(finding)
     if arguments.output != "table":
-        report = {"cell": settings.cell or None, "findings": [finding.encode() for finding in findings]}
+        report: dict[str, Any] = {"cell": settings.cell or None}
+        report["findings"] = [finding.encode() for finding in findings]
+        if arguments.evidence:
+            report["evidence"] = gather(settings)
         sys.stdout.write(
             json.dumps(report, indent=2, ensure_ascii=False) + "\n"
             if arguments.output == "json"
