@@ -275,5 +275,16 @@ async def test_a_probe_meets_what_a_container_would(cell: Cell, kind: str) -> No
         assert (await ask(8080, Protocol.UDP))[0] in (Outcome.REFUSED, Outcome.SENT)
 
 
+async def test_a_container_whose_namespace_is_gone_says_so(cell: Cell) -> None:
+    web, db = cell.box("web"), cell.box("db")
+    web.container = replace(web.container, netns="/run/netns/no-such")
+    async with enforcing(cell, "nft", known=tags(web=5)) as enforcer:
+        question = Question("id", AppId("web"), AppId("db"), Protocol.TCP, 8080, (db.address,))
+        (source,) = (await explainer(enforcer).answer(question)).sources
+        assert source.probes is not None
+        assert source.probes[0].outcome is Outcome.FAILED
+        assert "/run/netns/no-such cannot be entered" in source.probes[0].error
+
+
 def fields(answer: CellAnswer) -> Any:
     return decode(encode(answer.encode()), "answer")
