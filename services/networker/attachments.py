@@ -87,13 +87,15 @@ class Attachments:
                 raise Conflict(problem)
             if existing is not None:
                 await self._take_apart(existing.handle, existing)
-            await self._disk.run(self._links.check, wanted)
+            if wanted.plugins:
+                await self._disk.run(self._links.check, wanted)
             try:
                 self.ports.take(wanted.handle, wanted.forwards)
                 forwards = (*wanted.forwards, *choose(wanted.handle))
                 return await self._attach(replace(wanted, forwards=forwards, birth=secrets.token_hex(8)))
-            finally:
+            except BaseException:
                 await self._keep_ports(wanted.handle)
+                raise
 
     async def remove(
         self, handle: Handle, netns: str | None, ifname: str | None, unrecorded: Attachment | None = None
@@ -164,7 +166,8 @@ class Attachments:
             if attachment is None or not attachment.changing:
                 return False
             await self._admit_for_good(attachment)
-            await self._outbox.add(event_of("ports", self._cell, attachment))
+            if attachment.forwards:
+                await self._outbox.add(event_of("ports", self._cell, attachment))
             await self._put(replace(attachment, changing=False), Stage.READY)
             return True
 
@@ -176,8 +179,8 @@ class Attachments:
         problem: Exception | None = None
         for record in await self.all():
             ours = _attachment(record)
-            # One being attached may be newer than the list.
-            if record.stage is Stage.ATTACHING or ours is None or ours.network != network:
+            # One being attached may be newer than the list, and a CNI runtime knows nothing of Garden's.
+            if record.stage is Stage.ATTACHING or ours is None or ours.network != network or ours.mounted:
                 continue
             if (ours.handle, ours.ifname) in valid:
                 continue

@@ -114,7 +114,11 @@ class Outbox:
 
     async def load(self) -> None:
         """Take up what waited when the last run ended."""
-        lines = await self._disk.run(self._read)
+        try:
+            lines = await self._disk.run(self._read)
+        except OSError as error:
+            log.error("events of the last run cannot be read", extra=about(file=str(self._file), error=str(error)))
+            return
         for line in lines:
             try:
                 self._waiting.append(Lifecycle.decode(json.loads(line)))

@@ -190,8 +190,7 @@ async def test_a_full_disk_does_not_lose_what_can_still_be_told(tmp_path: Path) 
     disk = KernelThread("disk")
     (tmp_path / "events").mkdir()
     outbox = Outbox(tmp_path / "events", disk)
-    with pytest.raises(OSError, match="events"):
-        await outbox.load()
+    await outbox.load()
     await outbox.add(event(1))
     assert await drained(outbox) == [1]
     disk.close()

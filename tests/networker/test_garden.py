@@ -39,19 +39,18 @@ RULES: list[Any] = [
 NETIN = [{"host_port": 0, "container_port": 8080}, {"host_port": 61001, "container_port": 2222}]
 
 
-@pytest.fixture
-def guardian(netns: str) -> Iterator[Garden]:
+@pytest.fixture(scope="module")
+def shared(netns: str) -> Iterator[Garden]:
+    """One networker for all tests that do not kill it."""
     with garden(netns) as guardian:
         guardian.cell.start(dns_servers="169.254.0.2")
         yield guardian
 
 
-@pytest.fixture(scope="module")
-def unchanged(netns: str) -> Iterator[Garden]:
-    """One for all tests that are refused."""
-    with garden(netns) as guardian:
-        guardian.cell.start()
-        yield guardian
+@pytest.fixture
+def guardian(shared: Garden) -> Iterator[Garden]:
+    with shared.borrowed():
+        yield shared
 
 
 def pid_of(netns: str) -> int:
@@ -272,6 +271,14 @@ def test_a_mount_without_a_record_is_taken_away(guardian: Garden) -> None:
     assert guardian.is_clean()
 
 
+def test_a_cni_runtimes_garbage_collection_is_not_gardens(guardian: Garden) -> None:
+    guardian.ok("up", body=up(guardian))
+    assert guardian.cell.cni("ADD", "c1", config={"name": "silkbus"})[0] == 0
+    config = {"name": "silkbus", "cni.dev/valid-attachments": []}
+    assert guardian.cell.cni("GC", "", netns="", ifname="", config=config) == (0, {})
+    assert set(guardian.cell.neighbours.attached) == {"h-1"}
+
+
 def test_no_networker(netns: str) -> None:
     with garden(netns) as guardian:
         assert "start silkbus-networker" in guardian.error("up", body=up(guardian))
@@ -315,16 +322,16 @@ def test_others_get_nothing(guardian: Garden) -> None:
         (b"x" * ((4 << 20) + 1), "standard input is longer than 4194304 bytes"),
     ],
 )
-def test_junk(unchanged: Garden, stdin: bytes, text: str) -> None:
-    done = unchanged.run(f"--configFile={unchanged.file}", "--action", "up", "--handle", "h-1", stdin=stdin)
+def test_junk(guardian: Garden, stdin: bytes, text: str) -> None:
+    done = guardian.run(f"--configFile={guardian.file}", "--action", "up", "--handle", "h-1", stdin=stdin)
     assert (done.returncode, done.stdout) == (1, b"")
     assert text in done.stderr.decode()
     assert done.stderr.count(b"\n") == 1
-    assert unchanged.is_clean()
+    assert guardian.is_clean()
 
 
 @pytest.mark.parametrize("handle", ["../x", "..", "a/b", "x" * 300])
 @pytest.mark.parametrize("action", ["up", "down"])
-def test_handles_that_are_no_names(unchanged: Garden, handle: str, action: str) -> None:
-    assert "handle" in unchanged.error(action, handle, up(unchanged))
-    assert unchanged.cell.neighbours.calls == []
+def test_handles_that_are_no_names(guardian: Garden, handle: str, action: str) -> None:
+    assert "handle" in guardian.error(action, handle, up(guardian))
+    assert guardian.cell.neighbours.calls == []

@@ -1,7 +1,6 @@
 """Other people's CNI plugins, run for Garden as libcni runs them: Debian's, and small ones that say what they got."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,15 +78,8 @@ def shared(netns: str) -> Iterator[Garden]:
 
 @pytest.fixture
 def guardian(shared: Garden) -> Iterator[Garden]:
-    config = dict(shared.config)
-    yield shared
-    shared.cell.neighbours.refuse.clear()
-    shutil.rmtree(shared.cni)
-    shared.cni.mkdir()
-    for record in shared.cell.records.all():
-        shared.call("down", record.handle)
-    shared.configure(**config)
-    shared.cell.neighbours.calls.clear()
+    with shared.borrowed():
+        yield shared
 
 
 @pytest.fixture
