@@ -11,7 +11,7 @@ from services.doctor.finding import Finding, fine, unknown, warning, wrong
 from services.doctor.settings import DoctorSettings
 
 CHECK = "bus"
-CONNECT_SECONDS = 8.0
+CONNECT_SECONDS = 5.0
 LISTEN_SECONDS = 3.5
 """Of the centre's heartbeats, one a second."""
 PINGS = 20

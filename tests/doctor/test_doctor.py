@@ -112,3 +112,11 @@ def test_wrong_usage(environment: dict[str, str]) -> None:
         done = inside(str(PROGRAM), "doctor", *arguments, check=False, **environment)
         assert done.returncode == 2
         assert problem in done.stderr
+
+
+def test_evidence_for_support(environment: dict[str, str]) -> None:
+    done = inside(str(PROGRAM), "doctor", "-o", "json", "--evidence", check=False, **environment)
+    evidence = json.loads(done.stdout)["evidence"]
+    assert " lo: " in evidence["links.txt"]
+    assert {"iptables-nft.txt", "iptables-legacy.txt", "conntrack.txt", "ipset.txt"} <= evidence.keys()
+    assert inside("cat", "/proc/net/ip_tables_names", check=False).stdout == ""

@@ -1,6 +1,12 @@
 """What the doctor makes of what it sees."""
 
+import fcntl
+import os
+import threading
+import time
 from collections.abc import Iterable
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -10,6 +16,7 @@ from services.doctor import bus, clock, filters, offload, overlay
 from services.doctor.filters import Rules
 from services.doctor.finding import Finding, Level, guarded
 from services.doctor.offload import Target
+from services.doctor.settings import DoctorSettings
 
 OVERLAY = IPv4Network("10.255.0.0/16")
 SAVED = """\
@@ -153,6 +160,38 @@ def test_clock_and_bus() -> None:
     assert levels(bus.judge_latency([0.1, 0.2])) == [Level.WARNING]
     assert levels(bus.judge_heard({"policies": 3, "leases": 3})) == [Level.OK]
     assert levels(bus.judge_heard({"policies": 0, "leases": 3})) == [Level.WRONG, Level.OK]
+
+
+def test_a_clock_is_compared_with_the_servers() -> None:
+    class Wrong(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(404)
+            self.send_header("Date", formatdate(time.time() - 3600, usegmt=True))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    with HTTPServer(("127.0.0.1", 0), Wrong) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = list(clock.look(DoctorSettings(api=f"http://127.0.0.1:{server.server_port}")))
+        server.shutdown()
+    assert found[1].level is Level.WRONG
+    assert found[1].what.startswith("3599.") or found[1].what.startswith("3600.")
+    unreachable = list(clock.look(DoctorSettings(api="http://127.0.0.1:9")))
+    assert unreachable[1].level is Level.UNKNOWN
+
+
+def test_who_holds_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "xtables.lock"
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(lock))
+    assert levels(filters.look_at_lock(DoctorSettings())) == [Level.OK]
+    with lock.open("w") as file:
+        assert levels(filters.look_at_lock(DoctorSettings())) == [Level.OK]
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (finding,) = filters.look_at_lock(DoctorSettings())
+    assert finding.level is Level.WRONG
+    assert f"(pid {os.getpid()})" in finding.what
 
 
 def test_a_look_that_fails_is_a_finding_and_keeps_no_other_from_being_made() -> None:
