@@ -54,7 +54,12 @@ async def probe(
 
 def _from_inside(path: str, protocol: Protocol, port: int, targets: Sequence[IPv4Address]) -> tuple[Probe, ...]:
     try:
-        netns.setns(path)
+        # Given a path, pyroute2 makes a namespace where there is none.
+        namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            netns.setns(namespace)
+        finally:
+            os.close(namespace)
     except OSError as error:
         words = f"the container's network namespace {path} cannot be entered: {error.strerror}"
         return tuple(Probe(target, Outcome.FAILED, 0.0, words) for target in targets)

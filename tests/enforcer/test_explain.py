@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -284,6 +285,7 @@ async def test_a_container_whose_namespace_is_gone_says_so(cell: Cell) -> None:
         assert source.probes is not None
         assert source.probes[0].outcome is Outcome.FAILED
         assert "/run/netns/no-such cannot be entered" in source.probes[0].error
+        assert not Path("/run/netns/no-such").exists()
 
 
 def fields(answer: CellAnswer) -> Any:
