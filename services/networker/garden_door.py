@@ -135,7 +135,8 @@ class GardenDoor:
             asked_egress=inputs.netout_rules,
         )
         attachment = await self._attachments.add(wanted, await self._chooser(command, inputs.netin))
-        await self._tell_state(command, attachment.forwards)
+        if attachment.forwards:
+            await self._tell_state(command, attachment.forwards)
         servers = nameservers(attachment.result, _ours(network), self._dns_servers)
         return garden.up_output(attachment, servers, config.search_domains)
 
@@ -180,8 +181,10 @@ class GardenDoor:
     ) -> Callable[[Handle], tuple[PortForward, ...]]:
         """Chooses ports for a handle, at once: what other handles have in the state file is read before."""
         config = command.config
-        known = {str(record.handle) for record in await self._attachments.all()}
-        entries = await self._disk.run(port_state.acquired, config.state_file) if mappings else {}
+        if not mappings:
+            return lambda _: ()
+        entries = await self._disk.run(port_state.acquired, config.state_file)
+        known = {str(handle) for handle in self._attachments.ports.handles}
         used = {port for owner, ports in entries.items() if owner not in {*known, command.handle} for port in ports}
 
         def choose(handle: Handle) -> tuple[PortForward, ...]:

@@ -49,6 +49,11 @@ class PortPool:
             if record.forwards:
                 self._taken[record.handle] = record.forwards
 
+    @property
+    def handles(self) -> Collection[Handle]:
+        """The containers that have ports."""
+        return self._taken.keys()
+
     def take(self, handle: Handle, forwards: Sequence[PortForward]) -> None:
         """Give these ports to a container, beside those that it has. Raises Conflict if one is another's."""
         own = self._taken.get(handle, ())

@@ -279,6 +279,25 @@ def test_a_cni_runtimes_garbage_collection_is_not_gardens(guardian: Garden) -> N
     assert set(guardian.cell.neighbours.attached) == {"h-1"}
 
 
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help", "x"]])
+def test_a_person_at_a_prompt(guardian: Garden, arguments: list[str]) -> None:
+    done = guardian.run(*arguments)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"cfnetworking: this is a plugin for Garden-runC.  Don't run it directly.\n"
+
+
+def test_an_action_that_is_none(guardian: Garden) -> None:
+    assert guardian.error("paint") == "unrecognized action: paint"
+    assert guardian.cell.neighbours.calls == []
+
+
+@pytest.mark.parametrize("action", ["net-in", "net-out", "bulk-net-out"])
+def test_nothing_can_be_changed_of_what_is_not_there(guardian: Garden, action: str) -> None:
+    body = {"HostPort": 0, "ContainerPort": 1, "netout_rule": {}, "netout_rules": [{}]}
+    assert guardian.error(action, body=body) == "container h-1 is not attached"
+    assert guardian.is_clean()
+
+
 def test_no_networker(netns: str) -> None:
     with garden(netns) as guardian:
         assert "start silkbus-networker" in guardian.error("up", body=up(guardian))

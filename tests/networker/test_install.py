@@ -40,6 +40,17 @@ def test_only_modules_in_c(tmp_path: Path) -> None:
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
 
 
+def test_garden_s_likewise(tmp_path: Path) -> None:
+    assert install.garden_main([str(tmp_path), "--run-dir", "/run/cell", "--timeout", "7.5"]) == 0
+    plugin = tmp_path / "silkbus-garden"
+    assert stat.S_IMODE(plugin.stat().st_mode) == 0o755
+    tree = ast.parse(plugin.read_text())
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert imported == {"_json", "_signal", "_socket", "posix", "sys"}
+    assert "SOCKET = '/run/cell/networker/networker.sock'\nTIMEOUT = 7.5\n" in plugin.read_text()
+    assert install.garden_main([str(tmp_path / "silkbus-garden" / "x")]) == 1
+
+
 def test_replaces_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "silkbus-cni").write_text("old")
     with (tmp_path / "silkbus-cni").open() as running:
