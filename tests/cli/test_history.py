@@ -2,9 +2,17 @@
 
 import asyncio
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from cli.arguments import api_parser
+from cli.events import _Stream
+from cli.session import Session
+from cli.sse import Event
 from tests.bus.tables import eventually
 from tests.cli.conftest import Run
 from tests.cli.running import WAIT, environment, run, started
@@ -148,6 +156,33 @@ async def test_a_burst_while_the_stream_begins_is_told_once_and_in_order(
     finally:
         done.set()
         await bursting
+
+
+def test_what_is_committed_before_the_stream_begins_is_told_first(
+    environment: dict[str, str], home: Path, standing_server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**environment, "HOME": str(home)}.items():
+        monkeypatch.setenv(name, value)
+    told: list[int] = []
+
+    class Printer:
+        def show(self, event: Event) -> None:
+            told.append(event.data["data"]["ports"][1])
+
+    parsed = api_parser("events", "").parse_args([])
+    change(standing_server, POLICIES, policy("guid-front", "guid-back", 1))
+    stream = _Stream(Session(parsed), Printer())  # type: ignore[arg-type]
+    stream.begin(1)
+    change(standing_server, POLICIES, policy("guid-front", "guid-back", 2))
+    change(standing_server, POLICIES, policy("guid-front", "guid-back", 3))
+    threading.Thread(target=stream.follow, daemon=True).start()
+    deadline = time.monotonic() + WAIT
+    number = 3
+    while len(told) < 4 and time.monotonic() < deadline:
+        number += 1  # until one comes after the stream has begun
+        change(standing_server, POLICIES, policy("guid-front", "guid-back", number))
+        time.sleep(1)
+    assert told[:4] == [1, 2, 3, 4]
 
 
 async def test_who_may_not_follow_is_told_so(world: tuple[PolicyServer, Cells], tmp_path: Path) -> None:
