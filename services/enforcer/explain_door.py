@@ -21,7 +21,8 @@ from bus.explaining import CellAnswer, Question
 from bus.log import about
 from bus.messages import MAX_APP_ID, AppId, cell_name
 from bus.wire import decode
-from services.enforcer.explain import CannotExplain, Explainer, Flow
+from services.enforcer.explain import Explainer
+from services.enforcer.viewpoint import CannotExplain, Flow
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from bus.messages import AppId, Protocol, SecurityGroup, Workload
 from bus.security_groups import AddressRange, EgressProtocol, EgressRule, GroupId, SpaceId
 from bus.tables import Update
 from bus.wire import decode, encode
-from services.enforcer.explain import CannotExplain, Explainer, Flow
+from services.enforcer.explain import Explainer
 from services.enforcer.explain_door import ExplainApi
+from services.enforcer.viewpoint import CannotExplain, Flow
 from tests.enforcer.conftest import Enforcer, enforcing, tags, tcp, udp
 from tests.enforcer.world import Box, Cell
 
@@ -193,9 +194,21 @@ async def test_off_the_overlay_the_group_or_the_denied_network_is_named(cell: Ce
             assert refused.reason == "no rule of its security groups lets it out (public)"
         metadata = await off("169.254.169.254", 80)
         assert metadata.reason.startswith("in a denied network (deny_networks_always or metadata_endpoints)")
+        for nobody in (cell.subnet[200], IPv4Address("10.255.200.1")):
+            unleased = await off(str(nobody), 80)
+            assert unleased.verdict is Verdict.REFUSED
+            assert unleased.reason == f"{nobody} is on the overlay, and no container has it"
         host = await off(str(cell.underlay), 22)
         assert (host.verdict, host.kernel_agrees) == (Verdict.REFUSED, True)
         assert host.reason == "none of host_tcp_services, host_udp_services or dns_servers lets it to this host"
+
+
+async def test_before_anything_is_enforced_it_says_so(cell: Cell) -> None:
+    cell.box("web")
+    async with enforcing(cell, "nft", begin=False) as enforcer:
+        (source,) = (await explainer(enforcer).explain(flow("web", "db"))).sources
+        assert (source.verdict, source.kernel_agrees) == (Verdict.REFUSED, None)
+        assert source.differences == ("nothing is enforced yet but the fence: the tables are not usable yet",)
 
 
 async def test_a_question_that_belongs_elsewhere(two_cells: list[Cell]) -> None:
@@ -224,6 +237,7 @@ async def test_over_http_ends_are_apps_or_addresses(cell: Cell) -> None:
             assert (to["address"], to["verdict"], to["kernel_agrees"]) == (str(db.address), "passes", True)
         ping = await api.get("/explain", params={"source": str(web.address), "destination": "db", "protocol": "icmp"})
         assert ping.json()["destinations"][0]["verdict"] == "refused"
+        assert ping.json()["destinations"][0]["reason"].startswith("policies are of tcp and udp")
         for query, words in (
             ("source=web&destination=db", "port: must be a number in 1..65535"),
             ("source=web&destination=db&port=70000", "port: must be a number in 1..65535"),
