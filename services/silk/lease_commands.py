@@ -128,8 +128,8 @@ async def _run(settings: ControllerSettings, options: argparse.Namespace) -> Non
 
 async def _leases(store: LeaseStore, as_json: bool) -> None:
     rows = await store.ledger.database.fetch_all(
-        f"SELECT {COLUMNS}, acquired_at, renewed_at, {store.clock} - renewed_at AS age, {store.ends_at} < {store.clock} AS expired"  # noqa: S608
-        " FROM leases"
+        f"SELECT {COLUMNS}, acquired_at, renewed_at, {store.clock} - renewed_at AS age,"  # noqa: S608
+        f" {store.ends_at} < {store.clock} AS expired FROM leases"
     )
     rows = sorted(rows, key=lambda row: IPv4Network(row["subnet"]))
     if as_json:
