@@ -3,6 +3,7 @@
 import asyncio
 import statistics
 from collections.abc import Iterator
+from contextlib import suppress
 
 from bus import subjects
 from bus.connection import BusAway, Connection, connect
@@ -33,16 +34,20 @@ async def _look(settings: DoctorSettings) -> list[Finding]:
         if not await connection.wait_connected(CONNECT_SECONDS):
             remedy = "see that NATS runs there, that no firewall is between, and that the certificates are right"
             return [wrong(CHECK, f"no connection to NATS at {settings.nats} within {CONNECT_SECONDS:g} s", remedy)]
-        heard: dict[str, int] = {}
-        for table in (POLICIES.name, LEASES.name):
-            heard[table] = 0
+        heard = {POLICIES.name: 0, LEASES.name: 0}
+        all_heard = asyncio.Event()
+        for table in heard:
 
             def count(_subject: str, _data: bytes, table: str = table) -> None:
                 heard[table] += 1
+                if all(heard.values()):
+                    all_heard.set()
 
             await connection.listen(subjects.table_heartbeat(table), count)
         found = await _latency(connection)
-        await asyncio.sleep(LISTEN_SECONDS)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LISTEN_SECONDS):
+                await all_heard.wait()
         return [*found, *judge_heard(heard)]
 
 

@@ -21,7 +21,7 @@ TIMEOUT = 60.0
 OURS = "sb-"
 KINDS = ("nft", "legacy")
 LOCK = Path("/run/xtables.lock")
-LOCK_LOOKS = 40
+LOCK_LOOKS = 20
 LOCK_PAUSE = 0.05
 MUCH_HELD = 0.3
 
