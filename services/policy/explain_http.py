@@ -9,12 +9,12 @@
           "chain": "sb-new", "rule": "…", "kernel_agrees": true, "differences": [],
           "probes": [{"address": "10.255.2.2", "outcome": "connected", "milliseconds": 0.8, "error": null}]}]},
      "destination": {likewise},
-     "cells": {"asked": 3, "answered": 2, "silent": {"count": 1, "cells": ["cell-3"]}}}
+     "cells": {"asked": 3, "answered": 2, "silent": {"count": 1, "cells": ["cell-3"]}, "problems": []}}
 
 The policies are the policy server's own knowledge; the instances are what their cells say (bus/explaining.py), each by
 the `revision` that its kernel has. `instances` and `cells` are null while the cells cannot be asked, `since` when the
 change log does not say, `tag` for an app that is in no policy, `probes` unless `probe=true`, which only admins may.
-Only admins are told the names of silent cells. A security group is another way to be allowed, or not, to leave a
+Only admins are told the names of silent cells, and why others could not say all (`problems`). A security group is another way to be allowed, or not, to leave a
 container; this is about policies.
 """
 
@@ -97,9 +97,11 @@ def _at(answer: CellAnswer, instance: Instance) -> dict[str, Any]:
 
 def _cells(cells: Asked, *, names: bool) -> dict[str, Any]:
     silent: dict[str, Any] = {"count": len(cells.silent)}
+    said: dict[str, Any] = {"asked": cells.cells, "answered": len(cells.answers), "silent": silent}
     if names:
         silent["cells"] = list(cells.silent)
-    return {"asked": cells.cells, "answered": len(cells.answers), "silent": silent}
+        said["problems"] = [{"cell": a.cell, "problem": a.problem} for a in cells.answers if a.problem]
+    return said
 
 
 def _known(items: Sequence[Known], when: str) -> list[dict[str, Any]]:

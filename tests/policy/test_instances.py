@@ -142,7 +142,16 @@ async def test_a_probe_is_asked_for_with_the_addresses_found(bus: NatsServer) ->
             "differences": [],
             "probes": None,
         }
-        assert body["cells"] == {"asked": 2, "answered": 2, "silent": {"count": 0, "cells": []}}
+        assert body["cells"] == {"asked": 2, "answered": 2, "silent": {"count": 0, "cells": []}, "problems": []}
+
+
+async def test_a_cell_that_could_not_say_all_says_why_to_admins_alone(bus: NatsServer) -> None:
+    async with foundation(bus, {"c1": answer("c1", problem="no ipset")}) as (instances, _):
+        asked = await instances.ask(FLOW)
+        nothing = Explanation(Revision(7), (), (), (), {})
+        for admin in (True, False):
+            cells = json.loads(encode(FLOW, nothing, asked, tag_length=2, names=admin))["cells"]
+            assert cells.get("problems") == ([{"cell": "c1", "problem": "no ipset"}] if admin else None)
 
 
 async def test_without_leases_or_bus_nothing_is_known(bus: NatsServer) -> None:

@@ -31,7 +31,7 @@ def verdicts(instances):
 def test_every_instance_of_both_apps_is_heard_of_and_tried(lab):
     said = explain(lab, probe="true")
     assert said["allowed"] is True
-    assert said["cells"] == {"asked": 2, "answered": 2, "silent": {"count": 0, "cells": []}}
+    assert said["cells"] == {"asked": 2, "answered": 2, "silent": {"count": 0, "cells": []}, "problems": []}
     sources, destinations = said["source"]["instances"], said["destination"]["instances"]
     assert verdicts(sources) == {("cell-1", "web-0"): ("passes", True), ("cell-2", "web-1"): ("passes", True)}
     assert verdicts(destinations) == {("cell-1", "api-0"): ("passes", True), ("cell-2", "api-1"): ("passes", True)}
@@ -59,7 +59,7 @@ def test_a_cell_whose_enforcer_is_away_is_silent_and_named(lab):
         said = explain(lab)
     finally:
         lab.start("cell-2/enforcer")
-    assert said["cells"] == {"asked": 2, "answered": 1, "silent": {"count": 1, "cells": ["cell-2"]}}
+    assert said["cells"] == {"asked": 2, "answered": 1, "silent": {"count": 1, "cells": ["cell-2"]}, "problems": []}
     assert set(verdicts(said["destination"]["instances"])) == {("cell-1", "api-0")}
 
 
