@@ -39,7 +39,7 @@ class Touched:
     forwards: bool = False
     """Which ports are forwarded to whom."""
     released: set[IPv4Address] = field(default_factory=set)
-    """Addresses that no container has any more."""
+    """Addresses that a container gave up: whoever has one now must not inherit its flows."""
 
     def __bool__(self) -> bool:
         changed = self.apps or self.groups or self.addresses or self.recheck or self.released
@@ -106,7 +106,6 @@ class Model:
             self.touched.recheck.add(container.address)
         self._owners.setdefault(container.address, []).append(container.handle)
         self._groups[group_of(container.address)].add(container.address)
-        self.touched.released.discard(container.address)
         if container.app is not None:
             self._instances[container.app].add(container.handle)
             self._touch_app(container.app, {})

@@ -317,7 +317,7 @@ class Reconciler:
                 REVISION.set(self.revision)
         except BaseException:
             self._everything()
-            self._model.touched.released |= touched.released - self._model.addresses()
+            self._model.touched.released |= touched.released
             self._waiting[:0] = waiting
             raise
         if looked:

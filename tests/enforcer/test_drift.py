@@ -49,11 +49,8 @@ async def test_whatever_is_changed_is_put_right(cell: Cell, kind: str) -> None:
             rules("-R sb-forward 1 -j ACCEPT"),  # leaves the count as it is
             rules("-F sb-forward", "-t mangle -F"),
             lambda: cell.exec(f"{tables}-restore", save),
-            lambda: cell.exec("ipset del sb-tag " + str(web.address)),
             lambda: cell.exec(f"ipset -exist add sb-tag {web.address} skbmark 0x1234"),
-            lambda: cell.exec("ipset add sb-tag 10.255.1.99 skbmark 0x1"),
-            lambda: cell.exec("ipset flush sb-tag"),
-            lambda: cell.exec("ipset flush sb-peers"),
+            lambda: [cell.exec(f"ipset {command}") for command in ("flush sb-peers", "add sb-tag 10.255.1.99")],
         ):
             await repaired(enforcer, kind, lambda damage=damage: damage())  # type: ignore[misc]
         assert FOREIGN in cell.saved(kind)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.kernel
 KNOWN = tags(web=1, api=0x1234, db=3)
 BOUND = 1.0
 """Seconds after which nothing may arrive any more; the machine may be busy."""
-WATCHED = 4.0
+WATCHED = 3.0
 """Seconds for which nothing arrives after that."""
 
 
