@@ -14,8 +14,8 @@
 The policies are the policy server's own knowledge; the instances are what their cells say (bus/explaining.py), each by
 the `revision` that its kernel has. `instances` and `cells` are null while the cells cannot be asked, `since` when the
 change log does not say, `tag` for an app that is in no policy, `probes` unless `probe=true`, which only admins may.
-Only admins are told the names of silent cells, and why others could not say all (`problems`). A security group is another way to be allowed, or not, to leave a
-container; this is about policies.
+Only admins are told the names of silent cells, and why others could not say all (`problems`). A security group is
+another way to be allowed, or not, to leave a container; this is about policies.
 """
 
 import json
