@@ -7,7 +7,7 @@ reading and being written anew is missed: the figures are never too high, and a 
 reading interval around each change of its policies. They begin with the enforcer's start.
 
 Reading costs as much as the table is long (kernel.md 4: half a second for 39 000 rules), so it is done beside the
-kernel thread, and rarely enough to take a two-hundredth of the time at most; who asks gets a reading of now.
+kernel thread, and rarely enough to take a thousandth of the time at most; who asks gets a reading of now.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from services.enforcer.tree import allowing
 log = logging.getLogger(__name__)
 
 INTERVAL = 60.0
-REST = 200
+REST = 1000
 """Times as long as a reading took it is rested at least."""
 
 ALLOWED = Counter("silkbus_enforcer_policy_flows_total", "Flows that policies let in, as last read")
