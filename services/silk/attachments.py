@@ -112,6 +112,8 @@ class Attachments:
         if self._pool is None:
             raise Conflict("this cell has no subnet yet")
         with opened(wanted.netns) as namespace:
+            if namespace.is_own:  # its default route would be replaced
+                raise Conflict(f"{wanted.netns} is the cell's own network namespace, not a container's")
             links = self.clean()
             keep = self._existing(links, wanted, namespace, self._pool.subnet)
             if isinstance(keep, Attachment):

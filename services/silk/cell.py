@@ -17,6 +17,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address
 
 from prometheus_client import Gauge, Histogram
+from pyroute2 import NetlinkError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from bus.connection import BusAway, NoAnswer
@@ -63,7 +64,11 @@ class _NotConverged(Exception):
     """The kernel refused some entries; the log names them."""
 
 
-TRANSIENT = (BusAway, NoAnswer, Malformed, LeaseDenied, LeaseLost, OverlayError, Conflict, _NotConverged, OSError)
+TRANSIENT = (
+    *(BusAway, NoAnswer, Malformed, LeaseDenied, LeaseLost),
+    *(OverlayError, Conflict, _NotConverged, OSError, NetlinkError),
+)
+"""What goes wrong in the world, and may come right."""
 
 
 class Cell:

@@ -52,12 +52,13 @@ class Mender:
         loop = asyncio.get_running_loop()
         try:
             loop.add_reader(watch.fileno(), lambda: self._wake.set() if watch.read() else None)
+            noticed = Noticed(all=True)  # what was changed before there was a watch
             while True:
-                noticed = await self._next(watch)
                 async for attempt in self._retrying():
                     with attempt:
                         await self._look(noticed)
                 await asyncio.sleep(REST)
+                noticed = await self._next(watch)
         finally:
             loop.remove_reader(watch.fileno())
             watch.close()

@@ -34,6 +34,12 @@ class Namespace:
     path: str
     descriptor: int
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the calling thread's."""
+        here, own = os.fstat(self.descriptor), os.stat("/proc/thread-self/ns/net")  # noqa: PTH116 (no path is needed)
+        return (here.st_dev, here.st_ino) == (own.st_dev, own.st_ino)
+
     def run(self, work: Callable[[], R]) -> R:
         """Do `work` in this namespace and give back its result. Its errors are raised here."""
         visit = _Visit(self, work)

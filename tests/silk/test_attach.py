@@ -92,6 +92,14 @@ def test_an_interface_that_is_not_ours_is_refused(cell: TestCell) -> None:
     assert links(cell) == []
 
 
+def test_the_cells_own_namespace_is_refused(cell: TestCell) -> None:
+    before = cell.sh("ip", "route")
+    for path in (f"/run/netns/{cell.name}", "/proc/thread-self/ns/net"):
+        with pytest.raises(Conflict, match="is the cell's own network namespace"):
+            cell.attach("web-1", path, "eth9")
+    assert (links(cell), cell.sh("ip", "route")) == ([], before)
+
+
 @pytest.mark.parametrize("path", ["/run/netns/sbs-absent", "/etc/hostname", "/proc/self/ns/uts"])
 def test_what_is_no_network_namespace_is_refused(cell: TestCell, path: str) -> None:
     with pytest.raises(NamespaceError, match=path):
