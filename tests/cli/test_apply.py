@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cli.conftest import APPS, WRONG_TOKEN, Run
-from tests.policy.server import DELETE, POLICIES, PolicyServer, body, policy
+from tests.policy.server import ADMIN_TOKEN, DELETE, POLICIES, PolicyServer, body, policy
 
 BASIC = """\
 policies:
@@ -43,8 +43,8 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def present(server: PolicyServer) -> set[tuple[Any, ...]]:
-    with server.client() as client:
+def present(server: PolicyServer, token: str = ADMIN_TOKEN) -> set[tuple[Any, ...]]:
+    with server.client(token) as client:
         return {
             (
                 item["source"]["id"],
