@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from databases.core import Connection as DatabaseConnection
 from prometheus_client import Counter, Gauge
 
 from bus import subjects
@@ -29,13 +28,15 @@ from bus.messages import Revision
 from bus.tables.table import Changes, Content, Key, Table
 from bus.wire import encode, pack
 
-if TYPE_CHECKING:  # bus.ledger itself uses bus.tables.table, in this package
+if TYPE_CHECKING:  # bus.ledger itself uses bus.tables.table, in this package; and no cell needs a database
+    from databases.core import Connection as DatabaseConnection
+
     from bus.ledger import Ledger, Outcome
 
 log = logging.getLogger(__name__)
 
 V = TypeVar("V")
-Entries = Callable[[DatabaseConnection], Awaitable[Mapping[Key, Any]]]
+Entries = Callable[["DatabaseConnection"], Awaitable[Mapping[Key, Any]]]
 
 HEARTBEAT_SECONDS = 1.0
 RECHECK_SECONDS = 600.0
