@@ -30,10 +30,11 @@ _JUMP = re.compile(r" -j (\S+)")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules of one kind: how many are ours, how many others', and the first of FORWARD."""
+    """The rules of one kind: how many are ours, how many others', of these in the filter table; FORWARD's targets."""
 
     ours: int
     others: int
+    filtering: int
     forward: Sequence[str]
 
     @property
@@ -44,9 +45,24 @@ class Rules:
 
 
 def kind_in_use(settings: DoctorSettings) -> str | None:
-    """nft or legacy: as set, else what the host's `iptables` is; None without iptables."""
+    """nft or legacy: as set, else as the enforcer finds it; None without iptables.
+
+    That is what `iptables` is, unless only the other kind's filter table holds others' rules.
+    """
     if settings.iptables != "auto":
         return settings.iptables
+    host = _host_kind()
+    if host is None:
+        return None
+    other = next(kind for kind in KINDS if kind != host)
+    return other if _filters(read(other)) and not _filters(read(host)) else host
+
+
+def _filters(rules: Rules | None) -> bool:
+    return rules is not None and rules.filtering > 0
+
+
+def _host_kind() -> str | None:
     try:
         done = subprocess.run(
             ["iptables", "-V"],  # noqa: S607 (the host's own choice is the question)
@@ -87,18 +103,23 @@ def legacy_tables() -> list[str]:
 
 def parse(saved: str) -> Rules:
     """What iptables-save printed."""
-    ours = others = 0
+    ours = others = filtering = 0
+    table = ""
     forward = []
     for line in saved.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
         if not line.startswith("-A "):
             continue
         found = _JUMP.search(line)
         jump = found[1] if found else ""
         mine = line[3:].startswith(OURS) or jump.startswith(OURS)
-        ours, others = (ours + 1, others) if mine else (ours, others + 1)
+        ours += mine
+        others += not mine
+        filtering += not mine and table == "filter"
         if line.startswith("-A FORWARD "):
             forward.append(jump)
-    return Rules(ours, others, forward)
+    return Rules(ours, others, filtering, forward)
 
 
 def look(settings: DoctorSettings) -> Iterator[Finding]:

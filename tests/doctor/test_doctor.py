@@ -92,6 +92,25 @@ def test_a_cell_that_is_wrong_in_many_ways(environment: dict[str, str]) -> None:
     assert [inside("sh", "-c", command, check=False).stdout for command in STATE] == before
 
 
+def test_the_kind_is_the_one_that_the_enforcer_finds(environment: dict[str, str]) -> None:
+    """What `iptables` is, unless only the other kind's filter table holds somebody's rules."""
+    ask = (
+        "from services.doctor.filters import kind_in_use; from services.doctor.settings import DoctorSettings;"
+        "from services.enforcer.iptables import detect; print(kind_in_use(DoctorSettings()), detect())"
+    )
+
+    def kinds() -> list[str]:
+        return inside(sys.executable, "-c", ask, **environment).stdout.split()
+
+    host, enforcers = kinds()
+    assert host == enforcers
+    other = "legacy" if host == "nft" else "nft"
+    inside(f"iptables-{other}", "-A", "FORWARD", "-j", "ACCEPT", **environment)
+    assert kinds() == [other, other]
+    inside(f"iptables-{host}", "-A", "FORWARD", "-j", "ACCEPT", **environment)
+    assert kinds() == [host, host]
+
+
 def test_no_overlay_at_all(environment: dict[str, str]) -> None:
     found = examined(environment)
     assert found["overlay"][0]["what"] == "there is no device silk-vtep"

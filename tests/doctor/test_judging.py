@@ -29,6 +29,9 @@ SAVED = """\
 -A FORWARD -s 10.0.0.0/8
 -A sb-forward -j ACCEPT
 COMMIT
+*nat
+-A POSTROUTING -j MASQUERADE
+COMMIT
 """
 
 
@@ -40,12 +43,16 @@ def levels(findings: Iterable[Finding]) -> list[Level]:
 
 def test_rules_of_ours_and_of_others() -> None:
     rules = filters.parse(SAVED)
-    assert (rules.ours, rules.others, rules.forward) == (2, 2, ["DOCKER", "sb-forward", ""])
+    assert rules == Rules(ours=2, others=3, filtering=2, forward=["DOCKER", "sb-forward", ""])
     assert rules.covered
     assert not filters.parse(SAVED.replace("-A FORWARD -i docker0 -j DOCKER\n", "")).covered
 
 
-OURS, FOREIGN, BOTH = Rules(9, 0, ["sb-forward"]), Rules(0, 3, ["DOCKER"]), Rules(9, 3, ["sb-forward", "DOCKER"])
+OURS, FOREIGN, BOTH = (
+    Rules(9, 0, 0, ["sb-forward"]),
+    Rules(0, 3, 3, ["DOCKER"]),
+    Rules(9, 3, 3, ["sb-forward", "DOCKER"]),
+)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,7 @@ OURS, FOREIGN, BOTH = Rules(9, 0, ["sb-forward"]), Rules(0, 3, ["DOCKER"]), Rule
         ({"nft": FOREIGN, "legacy": OURS}, 1, [Level.WRONG], "in iptables-legacy, while this host uses nft"),
         ({"nft": FOREIGN, "legacy": None}, 1, [Level.WRONG], "no rules of ours, on a cell with 1 containers"),
         ({"nft": None, "legacy": None}, 0, [Level.WARNING], "no rules of ours"),
-        ({"nft": Rules(9, 1, ["DOCKER", "sb-forward"]), "legacy": None}, 1, [Level.WRONG, Level.OK], "before ours"),
+        ({"nft": Rules(9, 1, 1, ["DOCKER", "sb-forward"]), "legacy": None}, 1, [Level.WRONG, Level.OK], "before ours"),
     ],
 )
 def test_kinds_of_iptables(found: dict[str, Rules | None], containers: int, expected: list[Level], word: str) -> None:
