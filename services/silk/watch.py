@@ -96,7 +96,10 @@ class Watch:
         self._containers = {link.index for link in links if interface_address(link.name) is not None}
         self._noticed = Noticed()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+        except PermissionError:  # root of a user namespace only; then it overflows sooner
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         self._socket.bind((0, 0))
         self._socket.setblocking(False)
         for group in (_LINK_GROUP, _NEIGHBOUR_GROUP, _ADDRESS_GROUP, _ROUTE_GROUP, _SETTINGS_GROUP):

@@ -19,7 +19,7 @@ from bus.tables.follower import State
 from services.silk.client import LeaseDenied, LeaseLost
 from services.silk.original_controller import OriginalController, OriginalLeases, OriginalLessor
 from services.silk.settings import WorkerSettings
-from services.silk.tenure import Tenure
+from services.silk.tenure import Tenure, boot_clock
 from tests.silk.conftest import eventually, reaches
 from tests.silk.processes import CENTRE, Start, Worker
 
@@ -89,12 +89,13 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.files = certificates(folder, "127.0.0.1")
         self.asked: list[tuple[str, str, Any]] = []
-        self.status, self.answer = 200, "{}"
+        self.status, self.answer, self.arrived_at = 200, "{}", 0.0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def reply(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                outer.arrived_at = boot_clock()
                 outer.asked.append((self.command, self.path, json.loads(body) if body else None))
                 self.send_response(outer.status)
                 self.end_headers()
@@ -133,8 +134,10 @@ async def test_it_asks_as_the_originals_daemon_does(server: Server) -> None:
     server.answer = json.dumps(LEASE)
     tenure = await lessor.acquire()
     assert (tenure.lease, tenure.expires_in) == (OWN, 1000)
+    assert tenure.confirmed_at <= server.arrived_at, "it counts from before it asked"
     server.answer = "{}"
-    assert (await lessor.renew(tenure)).confirmed_at >= tenure.confirmed_at
+    renewed = await lessor.renew(tenure)
+    assert tenure.confirmed_at < renewed.confirmed_at <= server.arrived_at
     await lessor.release(tenure)
     assert server.asked == [
         ("PUT", "/leases/acquire", {"underlay_ip": "10.0.0.5", "single_overlay_ip": False}),

@@ -81,21 +81,6 @@ async def test_a_cold_cell_waits_for_the_centre(start: Start) -> None:
     await worker.ready()
 
 
-async def test_a_cell_that_cannot_renew_fences_itself_and_comes_back(start: Start) -> None:
-    centre, (worker,) = start(lease_expiry="4")
-    await worker.ready()
-    await worker.attach("web-1", worker.cell.container())
-    centre.stop()
-    await worker.until(lambda answer: "fenced: the lease could not be renewed" in answer)
-    await asyncio.to_thread(eventually, lambda: "state DOWN" in worker.cell.sh("ip", "link", "show", "silk-vtep"))
-    with pytest.raises(Refused, match="fenced"):
-        await worker.attach("web-2", worker.cell.container())
-    centre.start()
-    await worker.ready()
-    assert "web-1" in worker.cell.sh("ip", "link", "show", "s-010255001002")
-    await worker.attach("web-2", worker.cell.container())
-
-
 async def test_a_lost_lease_is_not_used(start: Start, tmp_path: Path) -> None:
     centre, (worker,) = start(lease_expiry="4")
     await worker.ready()
