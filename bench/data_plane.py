@@ -3,7 +3,8 @@
 From a container of one cell to a container of another, over VXLAN, in network namespaces of its own: TCP throughput,
 requests and answers a second on one connection, new connections a second; beside the same path with connection tracking
 alone (one rule that accepts what is established). All variants stand at once and are measured in turn, round by round;
-printed are the median of what was measured and the median of the rounds' ratios to connection tracking alone.
+printed are the median of what was measured, the median of the rounds' ratios to connection tracking alone, and that of
+the processor time each took for as much, which other load on the machine sways less.
 
 Each variant: the kind of tables, and so many policies in the tables of both cells, among 250 apps. Client and server
 are Python processes: throughput is by sendfile, and read without copying, so they cost little; the interpreter's share
@@ -15,6 +16,7 @@ import asyncio
 import multiprocessing
 import os
 import random
+import resource
 import socket
 import statistics
 import struct
@@ -170,6 +172,16 @@ def measure(client: Box, server: Box, what: str, seconds: float) -> float:
         serving.join(10)
 
 
+def processor_time() -> float:
+    """Seconds that the processes of all measurements so far took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def to_bare(found: list[float], bare: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(found, bare, strict=True))
+
+
 def tracked(pair: list[Cell]) -> None:
     for cell in pair:
         cell.exec("iptables-nft -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT")
@@ -196,13 +208,17 @@ def main() -> None:
                 asyncio.run(enforce(pair, variant.kind, variant.policies))
         for what, (title, _) in MEASURES.items():
             values: dict[Variant, list[float]] = {variant: [] for variant in variants}
+            costs: dict[Variant, list[float]] = {variant: [] for variant in variants}
             for _ in range(arguments.rounds):
                 for variant in variants:
-                    values[variant].append(measure(*ends[variant], what, arguments.seconds))
-            bare = values[variants[0]]
+                    before = processor_time()
+                    value = measure(*ends[variant], what, arguments.seconds)
+                    values[variant].append(value)
+                    costs[variant].append((processor_time() - before) / value)
             for variant, found in values.items():
-                ratio = statistics.median(one / other for one, other in zip(found, bare, strict=True))
-                print(f"{title:18} {variant!s:28} {statistics.median(found):10.1f}   ratio {ratio:.2f}", flush=True)
+                gained, spent = (to_bare(all_[variant], all_[variants[0]]) for all_ in (values, costs))
+                median = statistics.median(found)
+                print(f"{title:18} {variant!s:28} {median:10.1f}   ratio {gained:.2f}   CPU {spent:.2f}", flush=True)
 
 
 if __name__ == "__main__":
