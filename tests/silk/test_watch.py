@@ -3,6 +3,7 @@
 import asyncio
 import json
 import select
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,10 +163,15 @@ async def test_a_container_whose_namespace_ends_is_not_made_anew(start: Start) -
     _, (worker,) = start()
     await worker.ready()
     netns = worker.cell.container()
+    name = netns.rpartition("/")[2]
     await worker.attach("web-1", netns)
-    sh("ip", "netns", "del", netns.rpartition("/")[2])
+    # Before the worker looks there is another namespace at the same path: not that container's.
+    worker.process.send(signal.SIGSTOP)
+    sh("ip", "netns", "del", name)
+    sh("ip", "netns", "add", name)
+    worker.process.send(signal.SIGCONT)
     await until(lambda: worker.log_has("a container's namespace is gone"), "its note")
-    # The same path, another namespace: not that container's.
-    sh("ip", "netns", "add", netns.rpartition("/")[2])
     await asyncio.sleep(0.5)
-    assert json.loads(sh("ip", "-n", netns.rpartition("/")[2], "-j", "link"))[1:] == []
+    assert [link["ifname"] for link in json.loads(sh("ip", "-n", name, "-j", "link"))] == ["lo"]
+    # Its address is free, and comes last.
+    assert (await worker.attach("web-2", worker.cell.container()))["address"] == "10.255.1.3"
