@@ -111,7 +111,8 @@ def bash(found: Sequence[Command]) -> Iterator[str]:
         for option in command.options:
             patterns = "|".join(f'"{command.name} {name}"' for name in option.names)
             if _is_file(option):
-                yield f'      {patterns}) COMPREPLY=($(compgen -f -- "$word")); return ;;'
+                files = 'compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "$word"))'
+                yield f"      {patterns}) {files}; return ;;"
             elif option.takes_value:
                 yield f'      {patterns}) COMPREPLY=($(compgen -W "{" ".join(_values(option))}" -- "$word")); return ;;'
     yield "    esac"

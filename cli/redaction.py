@@ -16,15 +16,15 @@ SHORTEST = 4
 """A known secret shorter than this would be found in every text; it is none that protects anything."""
 
 _NAME = (
-    r"(?:[\w.-]*(?:token|passw(?:or)?d|passphrase|secret|credential|authorization|cookie|private[_-]?key|api[_-]?key"
-    r"|access[_-]?key|client[_-]?key|encryption[_-]?key)s?[\w.-]*)"
+    r"(?:(?<![\w.-])[\w.-]{0,200}?(?:token|passw(?:or)?d|passphrase|secret|credential|authorization|cookie"
+    r"|(?:private|api|access|client|encryption)[_-]?key)s?[\w.-]{0,200})"
 )
 _PATTERNS = [
     # A block that is cut off at the end of a log goes to the end.
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), REMOVED),
     (re.compile(r"\beyJ[\w-]{5,}\.[\w-]+(?:\.[\w-]*)*"), REMOVED),
     (re.compile(r"(?i)\b(bearer|basic|digest|token)(\s+|%20|\+)[^\s\"',;]{6,}"), rf"\1\2{REMOVED}"),
-    (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^/\s@\"'<>]+@"), rf"\1{REMOVED}@"),
+    (re.compile(r"((?<![\w+.-])[a-zA-Z][\w+.-]{0,30}://)[^/\s@\"'<>]+@"), rf"\1{REMOVED}@"),
     # NATS's own: seeds of NKeys, and what stands in a credentials file.
     (re.compile(r"\bS[UANCOX][A-Z2-7]{40,}\b"), REMOVED),
     (

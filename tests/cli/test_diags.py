@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import timeit
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,18 @@ def test_what_is_no_secret_stays() -> None:
         "silkbus_policies 12",
     ):
         assert Redactor().text(text) == text
+
+
+@pytest.mark.parametrize(
+    "piece", ["a", "a.b-", "a+", "token", "bearer ", "-----BEGIN ", '="\\\\', "eyJ", "http://", "x:", "{"]
+)
+def test_long_lines_take_no_longer_than_they_are_long(piece: str) -> None:
+    def seconds(size: int) -> float:
+        text = piece * (size // len(piece))
+        return min(timeit.repeat(lambda: Redactor().text(text), number=1, repeat=3))
+
+    # Four times as long: sixteen times as slow if it were quadratic.
+    assert seconds(80_000) < 10 * seconds(20_000) + 3
 
 
 def test_keys_that_mean_a_secret_lose_their_values_whatever_they_are() -> None:
