@@ -163,6 +163,8 @@ class Reconciler:
         """Enforce for a container that has an address; returns once the kernel does. Raises NotReady."""
         await self._until_usable()
         self._model.admit(container)
+        if container.handle in self._unfenced and container.address is not None:
+            self._model.touched.addresses.add(container.address)  # its link may be there by now
         revision = await self._applied()
         if container.handle in self._unfenced:
             raise NotReady(self._unfenced[container.handle])
@@ -172,6 +174,7 @@ class Reconciler:
         """Take a container's rules and flows away; returns once they are gone. Raises NotReady."""
         await self._until_usable()
         self._model.forget(handle)
+        self._unfenced.pop(handle, None)
         return await self._applied()
 
     async def sync(self) -> Revision:

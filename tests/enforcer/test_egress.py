@@ -204,6 +204,28 @@ async def test_connections_out_are_limited_each_container_to_each_place(cell: Ce
         assert all(reaches(app, NEAR, 80) for _ in range(20))
 
 
+async def test_nobody_goes_out_under_anothers_address(cell: Cell, kind: str) -> None:
+    app, other = of(cell.box("web"), egress=(may("tcp", f"{NEAR}", 80),)), of(cell.box("api"), egress=(ALL,))
+    outside = Outside([cell])
+    listener = inside(outside.network.name, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    listener.bind((str(FAR), 5000))
+    listener.settimeout(1)
+    strangers = (other.address, cell.subnet[99], IPv4Address("203.0.113.7"))
+    app.ip(*(f"addr add {address}/32 dev eth0" for address in strangers))
+
+    def sends(box: Box, address: IPv4Address) -> bool:
+        with inside(box.name, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sender:
+            sender.bind((str(address), 0))
+            sender.sendto(b"smuggled", (str(FAR), 5000))
+        return heard(listener, b"smuggled")
+
+    with listener:
+        async with enforcing(cell, kind, known=KNOWN):
+            assert sends(other, other.address)
+            for address in (app.address, *strangers):
+                assert not sends(app, address), address
+
+
 async def test_icmp_by_type_and_code(cell: Cell, kind: str) -> None:
     allowed = {
         "any type": may("icmp", f"{NEAR}"),
