@@ -106,6 +106,7 @@ async def test_killed_after_the_commit_the_cell_gets_that_lease(start: Start) ->
 async def test_what_is_malformed_is_refused(start: Start) -> None:
     _, (worker,) = start()
     await worker.ready()
+    netns = worker.cell.container()
     good = {"handle": "a", "netns": "/absent", "ifname": "eth0"}
     for body, status, error in (
         ({**good, "handle": ""}, 400, "handle: must not be empty"),
@@ -115,6 +116,13 @@ async def test_what_is_malformed_is_refused(start: Start) -> None:
         ({**good, "ifname": "a-name-of-18-chars"}, 400, "not an interface name"),
         ({**good, "ifname": "a/b"}, 400, "not an interface name"),
         (good, 400, "'/absent' cannot be opened"),
+        ({**good, "address": "10.255.1.2/32"}, 400, "not an IPv4 address"),
+        ({**good, "mac": "01:00:5e:00:00:01"}, 400, "not the MAC address of one interface"),
+        ({**good, "mac": "00:00:00:00:00:00"}, 400, "not the MAC address of one interface"),
+        ({**good, "bandwidth": {"egressRate": 8000}}, 400, "egress: if rate is set, burst must also be set"),
+        ({**good, "bandwidth": [1]}, 400, "bandwidth: must be a mapping"),
+        ({**good, "netns": netns, "address": "10.255.9.9"}, 409, "its subnet is 10.255.1.0/24"),
+        ({**good, "netns": f"/run/netns/{worker.cell.name}"}, 409, "the cell's own network namespace"),
     ):
         with pytest.raises(Refused, match=error) as refused:
             await worker.call("POST", "/attach", body)
