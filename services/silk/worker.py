@@ -66,7 +66,8 @@ async def work(settings: WorkerSettings) -> None:
 def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in commands.COMMANDS:
         sys.exit(commands.main(PROGRAM, sys.argv[1:], leasing))
-    settings = from_command_line(WorkerSettings, PROGRAM, "Keeps a cell's overlay and attaches its containers.")
+    what = f"Keeps a cell's overlay and attaches its containers. Commands: {', '.join(commands.COMMANDS)} (see --help)."
+    settings = from_command_line(WorkerSettings, PROGRAM, what)
     setup("silk-worker", settings.log_level, cell=settings.cell)
     run(lambda: work(settings))
 

@@ -84,9 +84,10 @@ def test_traffic_is_held_to_the_limit_in_each_direction(cell: TestCell) -> None:
 
     # 300 000 bytes are 2.4 Mbit, of which 0.4 go at once: two seconds.
     for source, target in (("plain", "receives"), ("sends", "plain")):
-        assert 1.2 < seconds(source, target) < 20, f"{source} to {target} is not held back"
+        assert seconds(source, target) > 1.2, f"{source} to {target} is not held back"
     for source, target in (("receives", "plain"), ("plain", "sends")):
-        assert seconds(source, target) < 1.2, f"{source} to {target} is held back"
+        # Once is enough: what is held back is so each time, what is not may be slow on a busy machine.
+        assert any(seconds(source, target) < 1.2 for _ in range(10)), f"{source} to {target} is held back"
 
 
 @pytest.mark.kernel
