@@ -6,8 +6,8 @@
 
 Desired entries are computed from the leases, actual ones remembered from what was carried out and read back at the
 start and in each sweep; the kernel gets the difference. Other people's entries are never touched: ours are the routes
-and neighbours that carry our protocol number, and the permanent forwarding entries of MACs that Silk derives from
-subnets of the overlay (the kernel keeps no owner of those).
+and neighbours that carry our protocol number, and whatever on the VTEP has the form that Silk derives from subnets of
+the overlay, forwarding entries (the kernel keeps no owner of those) and what the original's daemon left.
 """
 
 import errno
@@ -152,12 +152,18 @@ class Peers:
         """What the kernel has of ours on the VTEP."""
         entries = Entries()
         for header, values in self._netlink.dump(*routes()):
-            route = read_route(header, values)
-            if route is not None and route.index == self._index and route.gateway is not None:
+            route = read_route(header, values, anybodys=True)
+            if route is None or route.index != self._index or route.gateway is None:
+                continue
+            silks = route.gateway == route.prefix.network_address and _in(route.gateway, self._overlay)
+            if silks or read_route(header, values) is not None:
                 entries.routes[route.prefix] = (route.gateway, route.source)
         for header, values in self._netlink.dump(*neighbours()):
-            neighbour = read_neighbour(header, values, self._index)
-            if neighbour is not None:
+            neighbour = read_neighbour(header, values, self._index, anybodys=True)
+            if neighbour is None:
+                continue
+            silks = vtep_address(neighbour[1]) == neighbour[0] and _in(neighbour[0], self._overlay)
+            if silks or read_neighbour(header, values, self._index) is not None:
                 entries.neighbours[neighbour[0]] = neighbour[1]
         for header, values in self._netlink.dump(*forwarding(self._index)):
             entry = read_forwarding(header, values, self._index)
@@ -168,7 +174,11 @@ class Peers:
 
 def _is_vteps(mac: str, overlay: Collection[IPv4Network]) -> bool:
     base = vtep_address(mac)
-    return base is not None and any(base in network for network in overlay)
+    return base is not None and _in(base, overlay)
+
+
+def _in(address: IPv4Address, networks: Collection[IPv4Network]) -> bool:
+    return any(address in network for network in networks)
 
 
 def _differences(one: Entries, other: Entries) -> int:

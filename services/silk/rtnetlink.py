@@ -20,7 +20,7 @@ UP, NOARP = 0x1, 0x80
 PERMANENT = 0x80
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 PROTOCOL_BOOT = 3
-_PROTOCOL_KERNEL = 2
+_ANY_PROTOCOL, _PROTOCOL_KERNEL = 0, 2
 PROTOCOL_SILK = 83
 """The routing protocol number that marks routes and neighbours as ours; unassigned in linux/rtnetlink.h."""
 
@@ -198,7 +198,7 @@ def delete_unreachable(prefix: IPv4Network) -> Message:
 
 def delete_route(prefix: IPv4Network, gateway: IPv4Address, index: int) -> Message:
     values = ((_RTA_GATEWAY, gateway.packed), (_RTA_OIF, _INT.pack(index)))
-    payload = _route(prefix, PROTOCOL_SILK, SCOPE_UNIVERSE, _UNICAST, 0, *values)
+    payload = _route(prefix, _ANY_PROTOCOL, SCOPE_UNIVERSE, _UNICAST, 0, *values)
     return Message(DELROUTE, 0, payload, f"deleting route {prefix} via {gateway}")
 
 
@@ -254,10 +254,10 @@ class Route:
     source: IPv4Address
 
 
-def read_route(header: bytes, values: dict[int, bytes]) -> Route | None:
-    """A route, if its protocol says that it is ours."""
+def read_route(header: bytes, values: dict[int, bytes], *, anybodys: bool = False) -> Route | None:
+    """A route, if its protocol says that it is ours, or it may be anybody's."""
     _, length, _, _, table, protocol, _, _, _ = _ROUTE.unpack(header)
-    if protocol != PROTOCOL_SILK or table != _MAIN_TABLE:
+    if (protocol != PROTOCOL_SILK and not anybodys) or table != _MAIN_TABLE:
         return None
     return Route(
         prefix=IPv4Network((values.get(_RTA_DST, bytes(4)), length)),
@@ -313,10 +313,12 @@ def forwarding(index: int) -> tuple[int, bytes, int]:
     return GETNEIGH, _LINK.pack(_AF_BRIDGE, 0, 0, index, 0, 0), 12
 
 
-def read_neighbour(header: bytes, values: dict[int, bytes], index: int) -> tuple[IPv4Address, str] | None:
-    """A permanent neighbour on link `index`, if its protocol says that it is ours."""
+def read_neighbour(
+    header: bytes, values: dict[int, bytes], index: int, *, anybodys: bool = False
+) -> tuple[IPv4Address, str] | None:
+    """A permanent neighbour on link `index`, if its protocol says that it is ours, or it may be anybody's."""
     family, _, _, at, state, _, _ = _NEIGHBOUR.unpack(header)
-    ours = values.get(_NDA_PROTOCOL) == bytes([PROTOCOL_SILK])
+    ours = anybodys or values.get(_NDA_PROTOCOL) == bytes([PROTOCOL_SILK])
     if family != socket.AF_INET or at != index or not state & PERMANENT or not ours:
         return None
     return IPv4Address(values[_NDA_DST]), mac_text(values.get(_NDA_LLADDR, b""))

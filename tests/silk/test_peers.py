@@ -87,6 +87,22 @@ def test_what_is_not_ours_is_left_alone(cell: TestCell) -> None:
     assert "ee:ee" not in fdb
 
 
+def test_what_the_originals_daemon_left_is_taken_over_and_what_is_stale_removed(cell: TestCell) -> None:
+    """As contract/cell.md 5.4 has it: no protocol of ours, and no onlink."""
+    for number in (2, 3, 4):
+        base, mac = f"10.255.{number}.0", f"ee:ee:0a:ff:0{number}:00"
+        cell.sh("ip", "route", "add", f"{base}/24", "via", base, "dev", "silk-vtep", "src", "10.255.1.0")
+        cell.sh("ip", "neigh", "add", base, "lladdr", mac, "dev", "silk-vtep", "nud", "permanent")
+        fdb = ("fdb", "add", mac, "dev", "silk-vtep", "dst", f"10.77.0.{number}", "self", "permanent")
+        cell.sh("bridge", *fdb)
+    cell.restart()
+    assert cell.converge([lease_of(2), lease_of(3)]) == (3, 0), "only the stale one is touched"
+    routes = cell.sh("ip", "route")
+    assert "10.255.2.0/24 via 10.255.2.0 dev silk-vtep src 10.255.1.0" in routes
+    assert "10.255.4.0" not in routes + cell.sh("ip", "neigh") + cell.sh("bridge", "fdb", "show", "dev", "silk-vtep")
+    assert cell.converge([lease_of(2), lease_of(3)], sweep=True) == (0, 0)
+
+
 def test_leases_that_would_take_our_traffic_are_not_followed(cell: TestCell) -> None:
     ours = cell.lease
     bad = [
