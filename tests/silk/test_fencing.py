@@ -56,8 +56,9 @@ async def test_nothing_happens_to_traffic_while_the_centre_goes_and_returns(star
         first.process.stop(signal.SIGKILL)
         first.process.start()
         await first.ready()
+        synced = first.log.read_text().count("in sync with the centre")
         centre.start()
-        await asyncio.to_thread(eventually, lambda: first.log.read_text().count('"connected"') >= 2)
+        await asyncio.to_thread(eventually, lambda: first.log.read_text().count("in sync with the centre") > synced)
         await asyncio.to_thread(stream.wait_for, stream.received + 500)
     assert (stream.sent, stream.refused) == (stream.received, 0)
     assert devices == [worker.cell.sh("ip", "-o", "link", "show", "silk-vtep") for worker in (first, second)]
