@@ -20,7 +20,7 @@ from services.silk.watch import Noticed, Watch
 
 log = logging.getLogger(__name__)
 
-LOOK_INTERVAL = 60.0
+LOOK_INTERVAL = 300.0
 SETTLE = 0.05
 """Seconds to wait for the rest after a first notice: deleting a device tells of each of its entries."""
 REST = 0.2
