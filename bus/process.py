@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
+from bus import watchdog
+
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -51,15 +53,27 @@ def cancellation_heeded() -> Iterator[None]:
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run `main` until it ends or SIGTERM or SIGINT comes, which cancels it. Errors propagate."""
+    """Run `main` until it ends or SIGTERM or SIGINT comes, which cancels it. Errors propagate.
+
+    Meanwhile systemd gets its signs of life; that it is ready, `main` says (bus.watchdog).
+    """
 
     async def until_signal() -> None:
         task = asyncio.ensure_future(main())
         loop = asyncio.get_running_loop()
+        feeding = asyncio.create_task(watchdog.feed())
+
+        def end() -> None:
+            watchdog.stopping()
+            task.cancel()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, task.cancel)
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+            loop.add_signal_handler(number, end)
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        finally:
+            feeding.cancel()
         log.info("stopped")
 
     asyncio.run(until_signal())

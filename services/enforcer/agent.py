@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bus import log as logs
+from bus import watchdog
 from bus.connection import connect
 from bus.decode import Fields, Malformed
 from bus.local import Health, application, json_body, serving_privately
@@ -148,6 +149,7 @@ async def serve(settings: EnforcerSettings) -> None:
             ):
                 for each in (policies, leases, reconciler, reporter, traffic, counters):
                     tasks.create_task(each.run())
+                watchdog.ready()
                 if settings.dynamic_security_groups:
                     groups.listen(reconciler.update_security_groups)
                     tasks.create_task(groups.run())

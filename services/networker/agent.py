@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from bus import watchdog
 from bus.connection import connect
 from bus.decode import Malformed
 from bus.local import Health, Service, application, serving_privately
@@ -80,6 +81,7 @@ async def serve(settings: NetworkerSettings) -> None:
         socket = settings.socket("networker")
         await stack.enter_async_context(serving_privately(application(routes, Health()), socket))
         log.info("serving", extra=about(socket=str(socket)))
+        watchdog.ready()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(Sweep(attachments, disk).run())
             tasks.create_task(Announcer(connection, cell, outbox).run())

@@ -16,7 +16,7 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from bus import subjects
+from bus import subjects, watchdog
 from bus.connection import Connection, connect
 from bus.debug import debugging
 from bus.decode import Fields, Malformed
@@ -148,6 +148,7 @@ async def control(settings: ControllerSettings) -> None:
         stream = ContainerStream(connection, readers=settings.event_readers, replicas=settings.event_replicas)
         for work in (publisher.run(), relay.run(), stream.run(), expiry.run(), Controller(store).serve(connection)):
             tasks.create_task(work)
+        watchdog.ready()
 
 
 def _health(connection: Connection, publisher: Publisher[Lease], expiry: Expiry) -> Health:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from bus import watchdog
 from bus.connection import connect
 from bus.local import Health, application, serving, serving_privately
 from bus.log import setup
@@ -58,6 +59,7 @@ async def work(settings: WorkerSettings) -> None:
                 listener = stack.enter_context(socket.create_server(("127.0.0.1", settings.health_port)))
                 listener.setblocking(False)
                 await stack.enter_async_context(serving(daemon_application(cell), listener))
+            watchdog.ready()
             await cell.run()
     finally:
         kernel.close()
