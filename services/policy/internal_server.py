@@ -8,7 +8,6 @@ with the bus away.
 
 import asyncio
 import logging
-import sys
 import time
 from typing import Any
 
@@ -17,24 +16,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from bus import watchdog
 from bus.connection import connect
 from bus.debug import debugging
-from bus.decode import Malformed
-from bus.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
+from bus.listener import STOP_SECONDS, BoundedProtocol, listening, raise_file_limit
 from bus.local import Health, serving
-from bus.log import about, setup
-from bus.process import run
-from bus.settings import from_command_line
+from bus.log import about
 from bus.tables import POLICIES, SECURITY_GROUPS, Publisher
 from bus.tls_server import TlsServer
-from services.policy import security_groups
+from services.policy import legacy_config, security_groups
 from services.policy.gateway import go_duration
 from services.policy.group_view import GroupView
 from services.policy.instance import instance
 from services.policy.internal_api import MAX_AGE, InternalApi
 from services.policy.internal_settings import InternalSettings
-from services.policy.migrate import CannotOpen, open_ledger, security_groups_ledger
+from services.policy.migrate import open_ledger, security_groups_ledger
 from services.policy.policy_view import PolicyView
+from services.policy.starting import start
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
 
@@ -45,12 +43,13 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    settings = from_command_line(InternalSettings, PROGRAM, "Policies and security groups for foreign agents.")
-    setup("policy-server-internal", settings.log_level)
-    try:
-        run(lambda: serve(settings))
-    except (CannotOpen, CannotListen, Malformed) as error:
-        sys.exit(f"{PROGRAM}: {error}")
+    start(
+        InternalSettings,
+        PROGRAM,
+        "Policies and security groups for foreign agents.",
+        legacy_config.read_internal,
+        serve,
+    )
 
 
 async def serve(settings: InternalSettings) -> None:
@@ -90,6 +89,7 @@ async def serve(settings: InternalSettings) -> None:
                 serving(api, listener, protocol=BoundedProtocol, tls=tls, server=TlsServer, stop_timeout=STOP_SECONDS),
             ):
                 log.info("listening", extra=about(address=settings.listen, health=health_address))
+                watchdog.ready()
                 await asyncio.Event().wait()
 
 

@@ -6,21 +6,16 @@ works with the bus away.
 
 import asyncio
 import logging
-import os
-import sys
 import time
-from pathlib import Path
 
+from bus import watchdog
 from bus.connection import connect
 from bus.debug import debugging
-from bus.decode import Malformed
 from bus.events import Relay
 from bus.ledger import Outcome
-from bus.listener import STOP_SECONDS, BoundedProtocol, CannotListen, listening, raise_file_limit
+from bus.listener import STOP_SECONDS, BoundedProtocol, listening, raise_file_limit
 from bus.local import HttpServer, serving
-from bus.log import about, setup
-from bus.process import run
-from bus.settings import SettingsError, command_line, load, refuse
+from bus.log import about
 from bus.tables import POLICIES, SECURITY_GROUPS, Publisher
 from bus.tls_server import TlsServer
 from services.policy import legacy_config, security_groups
@@ -31,11 +26,12 @@ from services.policy.history import History
 from services.policy.instance import instance
 from services.policy.instances import Instances
 from services.policy.listing import Listing
-from services.policy.migrate import CannotOpen, open_ledger, security_groups_ledger
+from services.policy.migrate import open_ledger, security_groups_ledger
 from services.policy.realisation import Realisation
 from services.policy.security_groups import SecurityGroups
 from services.policy.settings import PolicySettings
 from services.policy.sse import Streams
+from services.policy.starting import start
 from services.policy.status_http import StatusApi
 from services.policy.store import Store, entries
 from services.policy.tag_pool import REST_MARGIN, TagPool
@@ -47,30 +43,13 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    parser = command_line(PolicySettings, PROGRAM, "Policies and tags: HTTP API, SQL, and the table on the bus.")
-    parser.add_argument(
-        "-config-file",
-        "--config-file",
-        type=Path,
-        metavar="PATH",
-        help="configuration of Cloud Foundry's own policy server; has precedence over FILE, the environment over both",
+    start(
+        PolicySettings,
+        PROGRAM,
+        "Policies and tags: HTTP API, SQL, and the table on the bus.",
+        legacy_config.read,
+        serve,
     )
-    arguments = parser.parse_args()
-    try:
-        legacy = None if arguments.config_file is None else legacy_config.read(arguments.config_file)
-        environment = {**(legacy.environment if legacy else {}), **os.environ}
-        settings = load(PolicySettings, arguments.config, environment)
-    except legacy_config.CannotUse as error:
-        sys.exit(str(error))
-    except SettingsError as error:
-        refuse(PROGRAM, error)
-    setup("policy-server", settings.log_level)
-    try:
-        run(lambda: serve(settings))
-    except CannotOpen as error:
-        sys.exit(legacy.fatal(f"db connect: unable to ping: {error}") if legacy else f"{PROGRAM}: {error}")
-    except (CannotListen, Malformed) as error:
-        sys.exit(legacy.fatal(str(error)) if legacy else f"{PROGRAM}: {error}")
 
 
 async def serve(settings: PolicySettings) -> None:
@@ -139,6 +118,7 @@ async def serve(settings: PolicySettings) -> None:
                 log.info(
                     "listening", extra=about(address=host, port=port, database=ledger.database.url.obscure_password)
                 )
+                watchdog.ready()
                 try:
                     await asyncio.Event().wait()
                 finally:

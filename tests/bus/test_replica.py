@@ -41,7 +41,7 @@ def test_what_is_kept_is_what_is_found(tmp_path: Path) -> None:
     "wrong",
     [
         {"digest": b"another"},
-        {"confirmed_at": time.time() + 1e6},
+        pytest.param({"confirmed_at": time.time() + 1e6}, id="confirmed in the future"),
         {"confirmed_at": float("nan")},
         {"entries": b"not zlib"},
         {"entries": zlib.compress(b"\x05")},

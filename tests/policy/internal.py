@@ -41,11 +41,13 @@ class InternalServer:
         }
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        environment = {f"SILKBUS_{name.upper()}": str(value) for name, value in self.settings.items()}
+    def start(self, *arguments: str) -> None:
+        """Start it with its settings, or with these arguments in place of them but the bus."""
+        settings = {"nats": self.settings["nats"]} if arguments else self.settings
+        environment = {f"SILKBUS_{name.upper()}": str(value) for name, value in settings.items()}
         with (self.folder / "internal.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.policy.internal_server"],
+                [sys.executable, "-m", "services.policy.internal_server", *arguments],
                 env={**os.environ, **environment},
                 stderr=log,
             )
@@ -82,3 +84,24 @@ class InternalServer:
 
     def client(self, *, certificate: bool = True) -> httpx.Client:
         return httpx.Client(base_url=self.url, verify=self.tls(certificate=certificate), timeout=30, trust_env=False)
+
+    def rendered(self, database: dict[str, object]) -> dict[str, object]:
+        """The original's configuration file for this server, as BOSH renders it (contract/policy.md 2.1)."""
+        return {
+            "log_prefix": "cfnetworking",
+            "listen_host": "127.0.0.1",
+            "internal_listen_port": self.port,
+            "debug_server_host": "127.0.0.1",
+            "debug_server_port": free_port(),
+            "health_check_port": self.health_port,
+            "ca_cert_file": str(self.authority.certificate),
+            "server_cert_file": str(self.folder / "server.crt"),
+            "server_key_file": str(self.folder / "server.key"),
+            "database": database,
+            "tag_length": 3,
+            "metron_address": "127.0.0.1:3457",
+            "log_level": "error",
+            "max_idle_connections": 10,
+            "max_open_connections": 200,
+            "connections_max_lifetime_seconds": 3600,
+        }

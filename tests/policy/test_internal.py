@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from services.policy.legacy_config import CannotUse, read_internal
+from tests.databases import Server
 from tests.policy.internal import INTERNAL, InternalServer
 from tests.policy.server import DELETE, POLICIES, PolicyServer, body, policy
 
@@ -276,3 +278,44 @@ def test_it_stops_when_told_though_clients_stay_connected(tmp_path: Path) -> Non
             assert internal.stop() == 0, internal.log
     finally:
         internal.close()
+
+
+def test_it_starts_with_the_original_file(tmp_path: Path, postgresql: Server) -> None:
+    postgresql.sql("CREATE DATABASE internal")
+    internal = InternalServer(tmp_path, "")
+    path = tmp_path / "policy-server-internal.json"
+    database: dict[str, object] = {
+        "type": "postgres",
+        "user": "silkbus",
+        "password": "",
+        "host": "127.0.0.1",
+        "port": postgresql.port,
+        "timeout": 60,
+        "database_name": "internal",
+    }
+    path.write_text(json.dumps(internal.rendered(database)))
+    try:
+        internal.start("-config-file", str(path))
+        with internal.client() as agent:
+            body = {"id": "INGRESS_ROUTER", "type": "router"}
+            assert agent.put(TAGS, json=body).json() == {**body, "tag": "000001"}
+    finally:
+        internal.close()
+        postgresql.sql("DROP DATABASE internal WITH (FORCE)")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"ca_cert_file": ""}, "could not read config file: invalid config: CACertFile: zero value"),
+        ({"internal_listen_port": 0}, "could not read config file: invalid config: InternalListenPort: zero value"),
+        ({"log_level": "loud"}, "unknown log level: loud"),
+    ],
+)
+def test_a_wrong_original_file_is_refused_in_its_words(tmp_path: Path, change: dict[str, object], text: str) -> None:
+    internal = InternalServer(tmp_path, "")
+    path = tmp_path / "policy-server-internal.json"
+    database: dict[str, object] = {"type": "mysql", "user": "u", "host": "h", "port": 3306, "timeout": 1}
+    path.write_text(json.dumps(internal.rendered(database) | change))
+    with pytest.raises(CannotUse, match=f"cfnetworking.policy-server-internal: {text}"):
+        read_internal(path)
