@@ -155,7 +155,8 @@ def _connections(container: Container, settings: DoctorSettings) -> Iterator[tup
     nsenter, ss = shutil.which("nsenter"), shutil.which("ss")
     if nsenter is None or ss is None:
         return
-    command = [nsenter, f"--net={container.netns}", ss, "-tinHO", "dst", str(settings.overlay_network)]
+    peers = " or ".join(f"dst {network}" for network in settings.overlay_network)
+    command = [nsenter, f"--net={container.netns}", ss, "-tinHO", peers]
     done = subprocess.run(  # noqa: S603 (our own words, no shell)
         command, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )

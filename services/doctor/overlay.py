@@ -181,7 +181,8 @@ def look_at_addresses(settings: DoctorSettings) -> Iterator[Finding]:
         resolvers = resolvers_of(RESOLVERS.read_text())
     except OSError:
         resolvers = []
-    yield from judge_addresses(settings.overlay_network, foreign, located, resolvers)
+    for overlay in settings.overlay_network:
+        yield from judge_addresses(overlay, foreign, located, resolvers)
 
 
 def resolvers_of(text: str) -> list[IPv4Address]:

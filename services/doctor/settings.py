@@ -12,7 +12,7 @@ class DoctorSettings(CellSettings):
 
     cell: str = setting("name of this cell, by which NATS knows it; without, the bus is not looked at", "")
     api: str = setting("URL of the policy server, whose clock is compared with ours", "")
-    overlay_network: IPv4Network = setting("the whole overlay", IPv4Network("10.255.0.0/16"))
+    overlay_network: tuple[IPv4Network, ...] = setting("the networks of the overlay", (IPv4Network("10.255.0.0/16"),))
     vtep_name: str = setting("name of the VXLAN device", "silk-vtep")
     vtep_port: int = setting("UDP port of VXLAN", 4789)
     link_prefix: str = setting("how the host ends of containers' links begin", "s-")

@@ -122,7 +122,7 @@ class Explainer:
         """By which link this host sends to the flow's destination if that is off the overlay; "" to itself."""
         if not isinstance(flow.destination, IPv4Address):
             return None
-        if flow.destination in self._reconciler.settings.overlay_network:
+        if self._reconciler.settings.on_overlay(flow.destination):
             return None
         return await self._thread.run(_route_to, flow.destination)
 

@@ -27,6 +27,8 @@ Without the container network policy (`disable_container_network_policy`) what g
 is let through before all that; what comes from no container or cell is not, nor who says to be another.
 """
 
+from itertools import product
+
 from bus.messages import Protocol
 from services.enforcer.egress import DENIED, FROM, static_egress
 from services.enforcer.forwarding import NAT, static_nat
@@ -88,8 +90,8 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
     sources = (from_link(link), FROM_GUEST)
     destinations = (to_link(link), TO_GUEST)
     vxlan = f"-p udp -m udp --dport {settings.vtep_port}"
-    overlay = f"-s {settings.overlay_network}"
-    to_overlay = f"-d {settings.overlay_network}"
+    from_overlay = [f"-s {network}" for network in settings.overlay_network]
+    to_overlay = [f"-d {network}" for network in settings.overlay_network]
     untracked = rule(to="CT --notrack")
     stranger = rule(f"-m set ! --match-set {PEER_SET} src", to="DROP")
     chains: dict[tuple[str, str], Rules] = {
@@ -117,13 +119,17 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
             rule(match, to="sb-forward") for match in (*sources, *destinations, from_link(vtep), to_link(vtep))
         ),
         ("filter", "sb-forward"): (
-            *((rule(overlay, to_overlay, to="sb-open"),) if settings.disable_container_network_policy else ()),
+            *(
+                rule(*ends, to="sb-open")
+                for ends in product(from_overlay, to_overlay)
+                if settings.disable_container_network_policy
+            ),
             rule(REVOKED, to="sb-cut"),
             # From another cell, or from somebody on the underlay who pretends to be there.
             *(
-                ()
-                if settings.unmarked_answers
-                else (rule(f"! {from_link(link)}", NOT_FROM_GUEST, overlay, ANSWER, UNPROVEN, to="DROP"),)
+                rule(f"! {from_link(link)}", NOT_FROM_GUEST, overlay, ANSWER, UNPROVEN, to="DROP")
+                for overlay in from_overlay
+                if not settings.unmarked_answers
             ),
             rule(FROM_OPENER, FLOW_TAGGED, to="sb-opener"),
             rule(ESTABLISHED, to="ACCEPT"),
@@ -150,10 +156,13 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
         ("filter", "sb-out"): (
             rule(to_link(vtep), NOT_A_BEGINNING, to="DROP"),
             # No policy is of another protocol; and errors that belong to no flow are not for the next cell to sort.
-            *(rule(f"-p {protocol}", to_link(vtep), to_overlay, NEW, TAGGED, to="ACCEPT") for protocol in Protocol),
+            *(
+                rule(f"-p {protocol}", to_link(vtep), overlay, NEW, TAGGED, to="ACCEPT")
+                for overlay, protocol in product(to_overlay, Protocol)
+            ),
             rule(to_link(vtep), to=DENY_OUT),
             # An overlay address for which there is no lease is nobody's, and not the underlay's business.
-            rule(to_overlay, to=DENY_OUT),
+            *(rule(overlay, to=DENY_OUT) for overlay in to_overlay),
             rule(to=DENIED),
             rule(to=FROM.name),
             rule(to=DENY_OUT),

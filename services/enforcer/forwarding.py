@@ -102,7 +102,7 @@ def static_nat(settings: EnforcerSettings, containers: str) -> Chains:
     What a container sends off the overlay gets the cell's address, but for the range that knows containers' own. One
     rule for all of them, since the set says who they are.
     """
-    unchanged = settings.no_masquerade or settings.overlay_network
+    unchanged = settings.overlay_network if settings.no_masquerade is None else (settings.no_masquerade,)
     return {
         ChainId("nat", "PREROUTING"): (rule(to=NAT.name),),
         ChainId("nat", "POSTROUTING"): (rule(f"-m set --match-set {containers} src", to="sb-masquerade"),),
@@ -110,7 +110,7 @@ def static_nat(settings: EnforcerSettings, containers: str) -> Chains:
             rule(to_link(settings.vtep_name), to="RETURN"),
             rule(to_link(f"{settings.link_prefix}+"), to="RETURN"),
             rule(TO_GUEST, to="RETURN"),
-            rule(f"-d {unchanged}", to="RETURN"),
+            *(rule(f"-d {network}", to="RETURN") for network in unchanged),
             rule(to="MASQUERADE"),
         ),
     }

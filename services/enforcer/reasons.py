@@ -34,7 +34,7 @@ def reason(settings: EnforcerSettings, model: Model, view: View, made: Walk, ver
         if passes:
             return f"goes to the overlay with tag {tag or 0:04X}; the destination's cell decides"
         return _not_allowed(view, tag, None)
-    if packet.destination in settings.overlay_network:
+    if settings.on_overlay(packet.destination):
         return f"{packet.destination} is on the overlay, and no container has it"
     if not packet.out:
         return f"{HOST_SERVICES} let it to this host" if passes else f"none of {HOST_SERVICES} lets it to this host"

@@ -33,7 +33,7 @@ class HostService(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnforcerSettings(TrafficSettings):
-    overlay_network: IPv4Network = setting("the whole overlay", IPv4Network("10.255.0.0/16"))
+    overlay_network: tuple[IPv4Network, ...] = setting("the networks of the overlay", (IPv4Network("10.255.0.0/16"),))
     vtep_name: str = setting("name of the VXLAN device", "silk-vtep")
     vtep_port: int = setting("UDP port of VXLAN", 4789)
     link_prefix: str = setting("how the host ends of containers' links begin", "s-")
@@ -74,6 +74,8 @@ class EnforcerSettings(TrafficSettings):
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a second class, which the zero-argument form does not know.
         TrafficSettings.__post_init__(self)
+        if not self.overlay_network:
+            raise Malformed("overlay_network: name at least one network")
         if self.iptables not in ("auto", "legacy", "nft"):
             raise Malformed(f"iptables: {self.iptables!r} is not one of auto, legacy, nft")
         if not 1 <= self.vtep_port <= 65535:
@@ -93,6 +95,9 @@ class EnforcerSettings(TrafficSettings):
                 raise Malformed(f"{name}: must be in 1..{most}, not {number}")
         # These check what they read.
         _ = self.denied_always, self.denied_running, self.denied_staging, self.host_services
+
+    def on_overlay(self, address: IPv4Address) -> bool:
+        return any(address in network for network in self.overlay_network)
 
     @property
     def denied_always(self) -> tuple[IPv4Network, ...]:

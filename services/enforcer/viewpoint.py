@@ -66,7 +66,7 @@ def views(settings: EnforcerSettings, model: Model, flow: Flow, out: str | None)
     app = sources[0].app if isinstance(flow.source, IPv4Address) else flow.source
     tag = None if app is None else model.tags.get(app)
     # From and to somewhere on the overlay, which is all that is known of an end on another cell.
-    overlay = settings.overlay_network
+    overlay = settings.overlay_network[0]
     coming = Packet(overlay[0], overlay[-1], flow.protocol, flow.port, settings.vtep_name, mark=int(tag or 0))
     coming = replace(coming, icmp=flow.icmp)
     # On one cell both ends see the same packet, so it is followed as it comes from the first of the sources.

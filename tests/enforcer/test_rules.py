@@ -1,7 +1,7 @@
 """Desired state as text: what is rendered, how it is split, what is written for a difference."""
 
 from dataclasses import replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
@@ -139,6 +139,15 @@ def test_beside_the_original_unmarked_answers_pass_and_nothing_else_differs() ->
     (left_out,) = [line for line in ours if line not in mixed]
     assert left_out.startswith("filter sb-forward ! -i s-+ -m devgroup ! --src-group 0x7362 -s 10.255.0.0/16")
     assert [line for line in ours if line != left_out] == mixed
+
+
+def test_an_overlay_of_two_networks_is_both_of_them_in_each_place() -> None:
+    two = replace(SETTINGS, overlay_network=(IPv4Network("10.255.0.0/16"), IPv4Network("10.250.0.0/16")))
+    one, both = text(static(SETTINGS, peers_known=True)).splitlines(), text(static(two, peers_known=True)).splitlines()
+    first = [line for line in one if "10.255.0.0/16" in line]
+    assert len(first) == 5
+    assert [line for line in both if line not in one] == [line.replace("10.255", "10.250") for line in first]
+    assert [line for line in both if "10.250" not in line] == one
 
 
 def test_a_policy_is_one_rule() -> None:
