@@ -47,6 +47,7 @@ OTHERS = {
     "doctor": "Look at this cell, and say what is wrong and what to do",
     "install-cni": "Install the CNI plugin of this cell",
     "install-garden": "Install the external networker for Garden on this cell",
+    "install-systemd": "Install systemd units for a cell, or for the centre",
     "lab": "Cells as network namespaces of this machine",
     "nats-config": "Write nats-server's configuration, and certificates",
     "policy": "The policy server's database: migrate, import, restored",

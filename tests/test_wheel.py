@@ -59,6 +59,7 @@ def test_entry_points(wheel: zipfile.ZipFile) -> None:
         "doctor",
         "install-cni",
         "install-garden",
+        "install-systemd",
         "lab",
         "nats-config",
         "policy",
