@@ -21,8 +21,8 @@ from services.silk.attachments import Wanted
 from services.silk.namespace import opened
 from services.silk.network import CellNetwork
 from services.silk.peers import desired
-from services.silk.settings import WorkerSettings
 from services.silk.pool import Kind, Pool
+from services.silk.settings import WorkerSettings
 from services.silk.subnets import vtep_mac
 
 OVERLAY = IPv4Network("10.0.0.0/8")
@@ -108,7 +108,9 @@ def main() -> None:
         ip("-n", prefix, "addr", "add", f"{UNDERLAY}/16", "dev", "eth0")
         ip("-n", prefix, "link", "set", "eth0", "up")
         with tempfile.TemporaryDirectory() as folder, opened(f"/run/netns/{prefix}") as namespace:
-            settings = WorkerSettings(cell="cell-0", underlay=UNDERLAY, overlay_network=(OVERLAY,), state_dir=Path(folder))
+            settings = WorkerSettings(
+                cell="cell-0", underlay=UNDERLAY, overlay_network=(OVERLAY,), state_dir=Path(folder)
+            )
 
             def measure() -> None:
                 network = CellNetwork(settings)
