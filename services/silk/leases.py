@@ -10,7 +10,7 @@ subnet that nobody had, else the one that has been free longest.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
@@ -225,13 +225,18 @@ class LeaseStore:
         else:
             if own is not None:
                 await self.remove(change, own)
-            subnet = await self._free(change.database, cell, kind, had)
+            subnet = await self._free(change.database, {cell, derived_cell(underlay)}, kind, had)
             lease = Lease(subnet, cell, underlay, vtep_mac(subnet))
         await self.put(change, lease)
         return lease
 
-    async def _free(self, connection: Connection, cell: CellName, kind: Kind, had: IPv4Network | None) -> IPv4Network:
-        """A subnet that this cell may have: what it had, else one nobody had, else the one free longest."""
+    async def _free(
+        self, connection: Connection, names: Collection[CellName], kind: Kind, had: IPv4Network | None
+    ) -> IPv4Network:
+        """A subnet that this cell may have: what it had, else one nobody had, else the one free longest.
+
+        `names`: its own, and that derived from its address, under which it had one as a cell of the original.
+        """
         pool = self.terms.pool
         leased = await connection.fetch_all("SELECT subnet FROM leases")
         taken = pool.covered(kind, (row["subnet"] for row in leased))
@@ -243,7 +248,7 @@ class LeaseStore:
         resting: dict[int, int] = {}
         for row in former:
             bases = pool.covered(kind, [row["subnet"]]) - taken
-            if row["cell"] == cell and bases:
+            if row["cell"] in names and bases:
                 own = IPv4Network(row["subnet"])
                 if pool.kind_of(own) is kind:
                     return own

@@ -202,6 +202,16 @@ async def test_a_cell_known_by_its_address_is_taken_over_by_the_one_with_a_name(
         await store.acquire(CellName("ip-10-0-0-1"), IPv4Address("10.0.0.1"))
 
 
+@ON_SQLITE
+async def test_what_the_originals_daemon_gave_back_is_its_cells_again(make_store: MakeStore) -> None:
+    """A cell that changes from the original's daemon to our worker: its scripts release before they start anew."""
+    store = make_store(SMALL)
+    had = (await store.acquire_at(IPv4Address("10.0.0.1"))).result
+    assert had is not None
+    await store.release(had)
+    assert (await store.acquire(*cell(1))).result == Lease(had.subnet, *cell(1), had.mac)
+
+
 async def test_two_leases_become_one(make_store: MakeStore) -> None:
     """A cell with a name moves to an address that was known without one."""
     store = make_store()

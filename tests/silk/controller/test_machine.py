@@ -22,6 +22,7 @@ from services.silk.expiry import end_expired
 from services.silk.leases import LeaseLost, LeaseRefused, LeaseStore, Terms
 from services.silk.pool import Kind, Pool
 from services.silk.schema import MIGRATIONS
+from services.silk.subnets import derived_cell
 from tests.databases import EmptyDatabase
 from tests.silk.controller.conftest import EXPIRY, REST, pass_time, table
 
@@ -35,7 +36,10 @@ STEPS = st.sampled_from([REST - 50, REST + 50, EXPIRY // 2, EXPIRY + 50])
 
 
 class Leases(RuleBasedStateMachine):
-    """`held`: each cell's lease, and when it was renewed. `freed`: who had a subnet last, and since when it is free."""
+    """`held`: each cell's lease, and when it was renewed. `freed`: who had a subnet last, and since when it is free.
+
+    A cell that tells no name is not known to be the one that had a subnet under its own; the other way round it is.
+    """
 
     url: ClassVar[str]
 
@@ -43,7 +47,7 @@ class Leases(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.held: dict[int, tuple[Lease, int]] = {}
-        self.freed: dict[IPv4Network, tuple[int, int]] = {}
+        self.freed: dict[IPv4Network, tuple[CellName, int, int]] = {}
         self.now = 0
         self.mirror: dict[Key, bytes] = {}
         self.runner.run(self._open())
@@ -79,24 +83,27 @@ class Leases(RuleBasedStateMachine):
 
     def _free(self, number: int) -> None:
         lease, _ = self.held.pop(number)
-        self.freed[lease.subnet] = number, self.now
+        self.freed[lease.subnet] = lease.cell, number, self.now
 
     @rule(number=CELLS, kind=KINDS, by_address=st.booleans())
     def acquire(self, number: int, kind: Kind, by_address: bool) -> None:
         had = self._lease(number)
+        name = derived_cell(IPv4Address(f"10.0.0.{number}")) if by_address else CellName(f"cell-{number}")
+        if by_address and had is not None:
+            name = had.cell
         store, underlay = self._store(number), IPv4Address(f"10.0.0.{number}")
         try:
             if by_address:
                 outcome = self.runner.run(store.acquire_at(underlay, kind))
             else:
-                outcome = self.runner.run(store.acquire(CellName(f"cell-{number}"), underlay, kind))
+                outcome = self.runner.run(store.acquire(name, underlay, kind))
         except LeaseRefused:
             assert had is None or store.terms.pool.kind_of(had.subnet) is not kind, "what it had was there to be given"
             others = {lease.subnet for other, (lease, _) in self.held.items() if other != number}
             may = [
                 subnet
                 for subnet in store.terms.pool.subnets(kind)
-                if subnet not in others and not self._rests_for(subnet, number, REST + SLACK)
+                if subnet not in others and not self._rests_for(subnet, name, number, REST + SLACK)
             ]
             assert not may, "a free subnet was refused"
             return
@@ -107,15 +114,17 @@ class Leases(RuleBasedStateMachine):
         if had is not None and store.terms.pool.kind_of(had.subnet) is kind:
             assert lease.subnet == had.subnet, "a cell keeps its subnet"
         else:
-            assert not self._rests_for(lease.subnet, number, REST - SLACK), "a subnet rests before another gets it"
+            assert not self._rests_for(lease.subnet, name, number, REST - SLACK), (
+                "a subnet rests before another gets it"
+            )
             if had is not None:
                 self._free(number)
         self.freed.pop(lease.subnet, None)
         self.held[number] = lease, self.now
 
-    def _rests_for(self, subnet: IPv4Network, number: int, rest: int) -> bool:
-        owner, since = self.freed.get(subnet, (number, 0))
-        return owner != number and self.now < since + rest
+    def _rests_for(self, subnet: IPv4Network, name: CellName, number: int, rest: int) -> bool:
+        owner, _, since = self.freed.get(subnet, (name, number, 0))
+        return owner not in (name, derived_cell(IPv4Address(f"10.0.0.{number}"))) and self.now < since + rest
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), adopt=st.booleans())
@@ -132,7 +141,7 @@ class Leases(RuleBasedStateMachine):
     def renew_what_ended(self, data: st.DataObject) -> None:
         """It is lost, unless it expired and nobody else has it."""
         subnet = data.draw(st.sampled_from(sorted(self.freed)))
-        number, _ = self.freed[subnet]
+        _, number, _ = self.freed[subnet]
         rows = self.runner.run(
             self.database.fetch_all("SELECT cell, expired FROM former_leases WHERE subnet = :s", {"s": str(subnet)})
         )
