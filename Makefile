@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: demo plugin test unit kernel system lint setup databases clean
+.PHONY: demo docs plugin test unit kernel system lint setup databases clean
 
 setup: $(STAMP)
 
@@ -17,11 +17,16 @@ demo: setup
 plugin: setup
 	$(VENV)/bin/python -m cli.plugin.build silkbus.pyz
 
+# docs/settings.md from the code.
+docs: setup
+	$(VENV)/bin/python -m tests.docs.settings_reference
+
 databases:
 	@.ci/setup-databases
 
+# Two at a time, since most of them wait; those of one file in one process, since they share what they start.
 test: setup databases
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 unit: setup
 	$(VENV)/bin/pytest -m "not kernel and not system and not databases and not packaging"
