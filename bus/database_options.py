@@ -26,6 +26,8 @@ class DatabaseOptions:
     """The most at once, for each process."""
     connection_lifetime: float = 300.0
     """How long a connection may lie idle before it is closed."""
+    newer_schema: bool = False
+    """Whether to go on with a schema that has steps unknown here. They only add, so those of the next version do."""
 
     def __post_init__(self) -> None:
         if self.tls not in TLS:

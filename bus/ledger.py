@@ -147,6 +147,12 @@ class LogEntry:
 class SchemaTooNew(Exception):
     """The database was migrated by a later version of this program."""
 
+    def __init__(self, unknown: Sequence[str]) -> None:
+        super().__init__(
+            f"the schema is newer than this program, which does not know {', '.join(unknown)}: upgrade the program, or "
+            f"use another database; to go back by one minor version, set database_newer_schema"
+        )
+
 
 class _Unchanged(Exception):
     """Carries the result out of a transaction that must be rolled back."""
@@ -166,10 +172,11 @@ class Ledger:
         self._queue = asyncio.Lock()
         self._given_up = -math.inf, _NEVER
 
-    async def migrate(self, steps: Sequence[Step]) -> None:
+    async def migrate(self, steps: Sequence[Step], *, newer: bool = False) -> None:
         """Bring the schema up to date: the ledger's own tables, then each of `steps` that was not applied yet.
 
-        Safe when several servers start at once. A new database gets a new epoch. Raises SchemaTooNew.
+        Safe when several servers start at once. A new database gets a new epoch. Raises SchemaTooNew, unless `newer`
+        says that a schema with steps unknown here is to be used as it is.
         """
         async for attempt in self._retrying("migrating", RETRY_SECONDS):
             with attempt:
@@ -178,7 +185,7 @@ class Ledger:
                     _migrating_alone(connection, self._dialect),
                     transaction(self.database, write=True),
                 ):
-                    await self._migrate(connection, [*_LEDGER_STEPS, *steps])
+                    await self._migrate(connection, [*_LEDGER_STEPS, *steps], newer)
 
     async def pending(self, steps: Sequence[Step]) -> list[str]:
         """The ids of the steps that `migrate` would run, in order. Raises SchemaTooNew."""
@@ -191,16 +198,21 @@ class Ledger:
                         raise
                     applied = set()
         known = [*_LEDGER_STEPS, *steps]
-        _refuse_unknown(applied, known)
+        if unknown := _unknown(applied, known):
+            raise SchemaTooNew(unknown)
         return [name for name, _ in known if name not in applied]
 
-    async def _migrate(self, connection: DatabaseConnection, steps: Sequence[Step]) -> None:
+    async def _migrate(self, connection: DatabaseConnection, steps: Sequence[Step], newer: bool) -> None:
         if self._dialect == "postgresql":
             await connection.execute(f"SET LOCAL lock_timeout = '{MIGRATION_SECONDS}s'")
             await connection.execute(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
         await connection.execute(CreateTable(MIGRATION, if_not_exists=True))
         applied = {row["id"] for row in await connection.fetch_all("SELECT id FROM migration")}
-        _refuse_unknown(applied, steps)
+        unknown = _unknown(applied, steps)
+        if unknown and not newer:
+            raise SchemaTooNew(unknown)
+        if unknown:
+            log.warning("the schema is newer than this program; going on with it", extra=about(unknown=unknown))
         for name, statements in steps:
             if name in applied:
                 continue
@@ -413,16 +425,14 @@ class Ledger:
         )
 
 
-def _refuse_unknown(applied: AbstractSet[str], steps: Sequence[Step]) -> None:
-    """Raises SchemaTooNew. Steps of another series, NAME-1, NAME-2…, belong to another table in the same database."""
+def _unknown(applied: AbstractSet[str], steps: Sequence[Step]) -> list[str]:
+    """The applied steps that are not among `steps`.
+
+    Those of another series, NAME-1, NAME-2…, belong to another table in the same database.
+    """
     known = {name for name, _ in steps}
     series = {name.rpartition("-")[0] for name in known}
-    unknown = sorted(name for name in applied - known if name.rpartition("-")[0] in series)
-    if unknown:
-        raise SchemaTooNew(
-            f"the schema is newer than this program, which does not know {', '.join(unknown)}: upgrade the program, or "
-            f"use another database"
-        )
+    return sorted(name for name in applied - known if name.rpartition("-")[0] in series)
 
 
 async def _encode(items: Sequence[Any]) -> bytes:

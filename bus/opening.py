@@ -2,7 +2,7 @@
 
 Every server migrates when it starts, and a command does it ahead of them; all at once, if need be. Steps only ever add,
 so servers of the version before go on while one of the next has already migrated; but a server is not started on a
-schema newer than itself.
+schema newer than itself, unless the operator says that it is to go back (`database_newer_schema`).
 """
 
 import asyncio
@@ -34,7 +34,7 @@ async def open_ledgers(
             database = await stack.enter_async_context(open_database(url, options))
             ledgers = [Ledger(database, table, patience=patience) for table in tables]
             for ledger in ledgers if migrate else ():
-                await ledger.migrate(steps)
+                await ledger.migrate(steps, newer=options.newer_schema)
         except Exception as error:
             raise CannotOpen(f"database {DatabaseURL(url).obscure_password}: {reason(error)}") from error
         yield ledgers

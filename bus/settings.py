@@ -74,6 +74,9 @@ class CentralSettings(ServiceSettings):
     database_statement_timeout: float = setting("seconds to wait for the database's answer to a statement", 10.0)
     database_connections: int = setting("connections to the database at most", 10)
     database_connection_lifetime: float = setting("seconds after which an idle connection is closed", 300.0)
+    database_newer_schema: bool = setting(
+        "go on with a schema that the next minor version has migrated; for going back to this one", False
+    )
 
     def __post_init__(self) -> None:
         ServiceSettings.__post_init__(self)
@@ -94,6 +97,7 @@ class CentralSettings(ServiceSettings):
             statement_timeout=self.database_statement_timeout,
             connections=self.database_connections,
             connection_lifetime=self.database_connection_lifetime,
+            newer_schema=self.database_newer_schema,
         )
 
 
