@@ -1,10 +1,12 @@
 """What tests of several parts share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import leftovers
 from tests.nats_server import NatsServer
 
 
@@ -14,6 +16,12 @@ def nats_server(tmp_path: Path) -> Iterator[NatsServer]:
     server.start()
     yield server
     server.stop()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Once for a run, not in each of its processes."""
+    if os.geteuid() == 0 and not hasattr(session.config, "workerinput"):
+        leftovers.remove()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
