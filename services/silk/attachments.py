@@ -103,6 +103,10 @@ class Attachments:
                 self._notes.put(replace(note, complete=True))
         self._remove_ifbs()
 
+    def resize(self, mtu: int) -> None:
+        """Give containers that are attached from now on this MTU; the others keep what they know."""
+        self._mtu = mtu
+
     def attach(self, wanted: Wanted) -> Attachment:
         """Link a container to this cell; the same handle gets the same answer again.
 

@@ -32,7 +32,7 @@ from services.silk.attachments import Attachment, Conflict, Wanted
 from services.silk.client import LeaseDenied, LeaseLost
 from services.silk.directory import Directory, Lessor
 from services.silk.mending import REPAIRS, Mender
-from services.silk.network import CellNetwork
+from services.silk.network import CellNetwork, Inspection
 from services.silk.notes import Note
 from services.silk.overlay import Device, OverlayError
 from services.silk.peers import desired
@@ -86,7 +86,7 @@ class Cell:
         self._directory = directory
         self._kernel = kernel
         self._network = CellNetwork(settings)
-        self._mender = Mender(self._network, kernel, self._request_sweep, lambda: _retrying("mending"))
+        self._mender = Mender(self._network, kernel, self._looked, lambda: _retrying("mending"))
         self._tenure: Tenure | None = None
         self._device: Device | None = None
         self._problem = "no lease yet: the Silk controller has not given one"
@@ -306,9 +306,12 @@ class Cell:
             fields = about(changed=result.changed, peers=len(wanted.routes), revision=self._directory.revision)
             log.info("overlay entries changed", extra=fields)
 
-    def _request_sweep(self) -> None:
-        self._sweep = True
-        self._changed.set()
+    def _looked(self, found: Inspection) -> None:
+        if found.device is not None and self._device is not None:
+            self._device = found.device  # its MTU may be another, as the underlay's
+        if found.sweep:
+            self._sweep = True
+            self._changed.set()
 
     async def _tell_problems(self) -> None:
         """Log each problem once, when it is found."""

@@ -27,6 +27,7 @@ from bus.json_input import Object, get_flag, get_text, parse
 from bus.log import about
 from bus.messages import Lease, Revision
 from services.silk.leases import Exhausted, LeaseLost, LeaseRefused, LeaseStore, OutsidePool
+from services.silk.original_controller import OUTSIDE_POOL
 from services.silk.pool import Kind
 from services.silk.subnets import derived_cell
 
@@ -116,7 +117,7 @@ class LeaseApi:
             await self._store.renew_at(address, subnet, mac)
         except OutsidePool as error:
             log.warning("renewal refused", extra=about(underlay=underlay, subnet=subnet, error=str(error)))
-            raise Failed(409, "renew-subnet-lease: overlay subnet not in pool") from None
+            raise Failed(409, OUTSIDE_POOL) from None
         except LeaseLost:
             raise Failed(409, "renew-subnet-lease: lease mismatch") from None
         except Exception as error:

@@ -1,8 +1,8 @@
 """Keeping what the worker made in the kernel as it made it, whatever others do there.
 
 The watch tells what to look at, the kernel thread looks and mends, and the entries for other cells are left to those
-who know what they must be (`sweep`). Everything is looked at now and then all the same: an underlay address that came
-back, say, is told in a way that nobody listens for.
+who know what they must be (`looked`). Everything is looked at now and then all the same: no cell shall depend on a
+notice that nobody thought of.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from tenacity import AsyncRetrying
 
 from bus.log import about
 from bus.process import KernelThread
-from services.silk.network import CellNetwork
+from services.silk.network import CellNetwork, Inspection
 from services.silk.watch import Noticed, Watch
 
 log = logging.getLogger(__name__)
@@ -30,18 +30,18 @@ REPAIRS = Counter("silkbus_silk_repairs_total", "Things in the kernel that other
 
 
 class Mender:
-    """Looks when there is reason to, and now and then. `sweep` is called when the entries for other cells need it."""
+    """Looks when there is reason to, and now and then. `looked` is told what was found, each time."""
 
     def __init__(
         self,
         network: CellNetwork,
         kernel: KernelThread,
-        sweep: Callable[[], None],
+        looked: Callable[[Inspection], None],
         retrying: Callable[[], AsyncRetrying],
     ) -> None:
         self._network = network
         self._kernel = kernel
-        self._sweep = sweep
+        self._looked = looked
         self._retrying = retrying
         self._wake = asyncio.Event()
         self.problem: str | None = None
@@ -82,5 +82,4 @@ class Mender:
         if found.mended:
             REPAIRS.inc(len(found.mended))
             log.warning("somebody else changed what is ours: mended", extra=about(mended=found.mended))
-        if found.sweep:
-            self._sweep()
+        self._looked(found)

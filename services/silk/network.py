@@ -23,10 +23,14 @@ from services.silk.watch import Noticed, Watch
 
 @dataclass(slots=True)
 class Inspection:
-    """What a look at the kernel found and mended, in words; and whether the entries need a sweep."""
+    """What a look at the kernel found and mended, in words; and whether the entries need a sweep.
+
+    `device` is the overlay device as it is now, if it was looked at and is in use.
+    """
 
     mended: list[str] = field(default_factory=list)
     sweep: bool = False
+    device: Device | None = None
 
 
 class CellNetwork:
@@ -85,7 +89,15 @@ class CellNetwork:
         """A socket that hears what others change, from now on."""
         links = [link.link for link in self._attachments.all()]
         ours = {self._netlink.port}
-        return Watch(self._overlay.networks, self._overlay.name, overlay.index(self._overlay), ours=ours, links=links)
+        return Watch(
+            self._overlay.networks,
+            self._overlay.name,
+            overlay.index(self._overlay),
+            ours=ours,
+            links=links,
+            underlay=self._overlay.underlay,
+            underlay_index=overlay.underlay_index(self._overlay),
+        )
 
     def inspect(self, noticed: Noticed) -> Inspection:
         """Look at what was noticed, and mend it; the entries are for `converge`. Raises OverlayError or OSError."""
@@ -128,7 +140,8 @@ class CellNetwork:
             if overlay.fence(self._overlay):
                 found.mended.append("the overlay device was set up though the cell is fenced")
         elif self._peers is not None and self._lease is not None:
-            device = overlay.ensure(self._overlay, self._lease)
+            found.device = device = overlay.ensure(self._overlay, self._lease)
+            self._attachments.resize(device.mtu)
             if device.changes:
                 # Going down takes entries with it, and another device has none.
                 self._peers = Peers(self._netlink, device.index, self._overlay.networks)

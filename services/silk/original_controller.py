@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 TIMEOUT = 5.0
 POLL_INTERVAL = 30.0
 MAX_BACKOFF = 30.0
+OUTSIDE_POOL = "renew-subnet-lease: overlay subnet not in pool"
+"""Refused by a controller of ours (`lease_api`), whose leases outside the pool are their cells' until they end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class OriginalLessor:
         if status == 200:
             return answer
         text = answer.get("error", answer) if isinstance(answer, dict) else answer
-        if status == 409 and verb == "renew":
+        if status == 409 and verb == "renew" and text != OUTSIDE_POOL:
             raise LeaseLost(str(text))
         raise LeaseDenied(f"the controller at {self.controller.url} answered {verb} with {status}: {text}")
 

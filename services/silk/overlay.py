@@ -121,6 +121,12 @@ def index(overlay: Overlay) -> int | None:
         return None if link is None else link["index"]
 
 
+def underlay_index(overlay: Overlay) -> int | None:
+    """The index of the link that has the underlay address, if one has."""
+    with _explained(overlay), IPRoute() as ipr:
+        return next((address["index"] for address in ipr.get_addr(address=str(overlay.underlay))), None)
+
+
 def remove(overlay: Overlay) -> None:
     """Delete the device, and the subnet's route. No device is no error; one that is no VXLAN device is not ours."""
     with _explained(overlay), IPRoute() as ipr:

@@ -41,6 +41,7 @@ _NETCONF_INDEX, _NETCONF_FORWARDING, _NETCONF_RP_FILTER = 1, 2, 3  # linux/netco
 _ALL_LINKS = -1
 _RTA_DST, _RTA_OIF = 1, 4
 _NDA_DST = 1
+_IFA_LOCAL = 2
 _AF_BRIDGE = 7
 _BUFFER = 4 << 20
 _AT_ONCE = 500
@@ -77,7 +78,8 @@ class Watch:
     """A socket that hears what happens in the network namespace of the thread that opens it. It never blocks.
 
     `overlay` are its networks, `vtep` the overlay device's name, `vtep_index` its index if there is one; `ours` the
-    ports (nlmsg_pid) of the sockets whose changes are our own, `links` the links that there are.
+    ports (nlmsg_pid) of the sockets whose changes are our own, `links` the links that there are. `underlay` is the
+    cell's address there, `underlay_index` the link that has it: its MTU decides the device's.
     """
 
     def __init__(
@@ -88,11 +90,15 @@ class Watch:
         *,
         ours: Collection[int],
         links: Collection[Link],
+        underlay: IPv4Address | None = None,
+        underlay_index: int | None = None,
     ) -> None:
         self._overlay = overlay
         self._vtep = vtep
         self._ours = ours
         self._vtep_index = vtep_index
+        self._underlay, self._underlay_index = underlay, underlay_index
+        self._underlay_mtu = 0
         self._containers = {link.index for link in links if interface_address(link.name) is not None}
         self._noticed = Noticed()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
@@ -143,8 +149,11 @@ class Watch:
             self._neighbour(kind, body)
         elif kind in (NEWADDR, DELADDR):
             index = _INT.unpack_from(body, 4)[0]
+            local = attributes(body[8:]).get(_IFA_LOCAL)
             if index == self._vtep_index:
                 self._noticed.device = True
+            elif kind == NEWADDR and self._underlay is not None and local == self._underlay.packed:
+                self._underlay_index, self._noticed.device = index, True
             elif kind == DELADDR and index in self._containers:
                 self._noticed.links.add(index)
         elif kind in (NEWROUTE, DELROUTE):
@@ -162,6 +171,8 @@ class Watch:
             self._noticed.device |= not ours
         elif link.index == self._vtep_index:  # renamed
             self._noticed.device = True
+        if link.index == self._underlay_index and link.mtu != self._underlay_mtu:
+            self._underlay_mtu, self._noticed.device = link.mtu, True
         if interface_address(link.name) is None:
             if link.index in self._containers:
                 self._containers.discard(link.index)

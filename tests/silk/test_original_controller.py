@@ -151,6 +151,9 @@ async def test_a_mismatch_is_a_loss_and_nothing_else_is(server: Server) -> None:
     server.status, server.answer = 409, '{"error": "renew-subnet-lease: lease mismatch"}'
     with pytest.raises(LeaseLost, match="lease mismatch"):
         await lessor.renew(tenure)
+    server.answer = '{"error": "renew-subnet-lease: overlay subnet not in pool"}'
+    with pytest.raises(LeaseDenied, match="not in pool"):  # it is used until it ends
+        await lessor.renew(tenure)
     # Its errors are no JSON where the database's text has quotation marks (contract/cell.md 4.3).
     server.status, server.answer = 500, '{"error": "no such "table""}'
     with pytest.raises(LeaseDenied, match=r'answered renew with 500: .*"table"'):

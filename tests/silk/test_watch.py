@@ -175,3 +175,16 @@ async def test_a_container_whose_namespace_ends_is_not_made_anew(start: Start) -
     assert [link["ifname"] for link in json.loads(sh("ip", "-n", name, "-j", "link"))] == ["lo"]
     # Its address is free, and comes last.
     assert (await worker.attach("web-2", worker.cell.container()))["address"] == "10.255.1.3"
+
+
+async def test_another_mtu_of_the_underlay_is_that_of_new_containers(start: Start) -> None:
+    _, (worker,) = start()
+    await worker.ready()
+    assert (await worker.attach("before", worker.cell.container()))["mtu"] == 1450
+    sh("ip", "-n", worker.cell.name, "link", "set", "eth0", "mtu", "1400")
+    await worker.until(lambda answer: isinstance(answer, dict) and answer["mtu"] == 1350)
+    netns = worker.cell.container()
+    assert (await worker.attach("after", netns))["mtu"] == 1350
+    assert "mtu 1350" in sh("ip", "-n", Path(netns).name, "link", "show", "eth0")
+    problems = json.dumps((await worker.call("GET", "/problems"))["problems"])
+    assert "1 containers, as before, were attached with an MTU of 1450, and the overlay has 1350 now" in problems
