@@ -28,6 +28,7 @@ from services.policy.instances import Instances
 from services.policy.listing import Listing
 from services.policy.migrate import open_ledger, security_groups_ledger
 from services.policy.realisation import Realisation
+from services.policy.router_groups import give_tags
 from services.policy.security_groups import SecurityGroups
 from services.policy.settings import PolicySettings
 from services.policy.sse import Streams
@@ -88,6 +89,7 @@ async def serve(settings: PolicySettings) -> None:
 
             pool = TagPool(rest=settings.max_stale + REST_MARGIN, clock=time.time)
             store = Store(ledger, pool, committed)
+            tasks.create_task(give_tags(store, settings.router_groups))
             upkeep = None
             if sources is not None:
                 groups = SecurityGroups(groups_ledger, groups_publisher.committed)

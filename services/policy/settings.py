@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bus.decode import Malformed
 from bus.listener import ADDRESS, server_tls
+from bus.messages import MAX_APP_ID
 from bus.settings import setting
 from services.policy.cors import Origins
 from services.policy.gateway import Options
@@ -24,6 +25,7 @@ class PolicySettings(UpkeepSettings):
     allowed_cors_domains: tuple[str, ...] = setting("origins whose pages may read the API's answers; * for all", ())
     debug_listen: str = setting("where the log level can be set at run time, as listen; empty for nowhere", "")
     tag_length: int = setting("bytes with which tags are written: 1, 2 or 3; there are 65 535 tags all the same", 2)
+    router_groups: tuple[str, ...] = setting("groups beside apps that have tags, as INGRESS_ROUTER", ())
     max_stale: int = setting("seconds a cell may act on its last known state; freed tags rest longer", 604_800)
 
     def __post_init__(self) -> None:
@@ -35,6 +37,9 @@ class PolicySettings(UpkeepSettings):
             raise Malformed(f"debug_listen: {self.debug_listen!r} is neither HOST:PORT nor fd:N")
         if self.max_stale < 0:
             raise Malformed(f"max_stale: must not be negative, as {self.max_stale} is")
+        for group in self.router_groups:
+            if not 1 <= len(group) <= MAX_APP_ID or not group.isprintable() or group != group.strip():
+                raise Malformed(f"router_groups: {group!r} is not 1 to {MAX_APP_ID} printable characters")
         if not 1 <= self.tag_length <= 3:
             raise Malformed(f"tag_length: must be greater than 0 and less than 4, not {self.tag_length}")
         if self.enable_tls and (self.server_cert_file is None or self.server_key_file is None):
