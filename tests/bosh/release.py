@@ -1,5 +1,6 @@
 """The BOSH release as a director sees it: its jobs, rendered with properties, links and an instance."""
 
+import functools
 import json
 import subprocess
 from dataclasses import dataclass, field
@@ -74,6 +75,12 @@ def link(job: str, name: str, properties: dict[str, Any] | None = None, *address
     return {"properties": nested(seen), "instances": [{"address": each} for each in addresses or (ADDRESS,)]}
 
 
+@functools.cache
+def _renderer() -> subprocess.Popen[str]:
+    """One renderer for all tests; it ends with its standard input."""
+    return subprocess.Popen(["ruby", RENDERER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def render(
     job: str,
     properties: dict[str, Any] | None = None,
@@ -87,10 +94,12 @@ def render(
         "links": links or {},
         "spec": (instance or Instance()).value(),
     }
-    done = subprocess.run(
-        ["ruby", RENDERER], input=json.dumps(request), capture_output=True, text=True, timeout=60, check=True
-    )
-    answer = json.loads(done.stdout)
+    renderer = _renderer()
+    assert renderer.stdin is not None
+    assert renderer.stdout is not None
+    renderer.stdin.write(json.dumps(request) + "\n")
+    renderer.stdin.flush()
+    answer = json.loads(renderer.stdout.readline())
     if answer["errors"]:
         raise RenderError("\n".join(sorted(set(answer["errors"].values()))))
     files: dict[str, str] = answer["files"]

@@ -1,7 +1,7 @@
 # Renders all templates of a job as BOSH does: what its documentation says of `p`, `if_p`, `link`, `if_link` and `spec`.
 #
-# Standard input, JSON: {"job": FOLDER, "properties": {...}, "links": {NAME: {"properties": {...}, "instances": [...]}},
-# "spec": {...}}. Standard output, JSON: {"files": {DESTINATION: TEXT}, "errors": {DESTINATION: MESSAGE}}.
+# A request a line on standard input, JSON: {"job": FOLDER, "properties": {...}, "links": {NAME: {"properties": {...}, "instances": [...]}},
+# "spec": {...}}. Its answer, a line on standard output: {"files": {DESTINATION: TEXT}, "errors": {DESTINATION: MESSAGE}}.
 
 require 'erb'
 require 'json'
@@ -117,17 +117,22 @@ def declared(spec, given)
   end
 end
 
-request = JSON.parse($stdin.read)
-folder = request.fetch('job')
-spec = YAML.safe_load(File.read("#{folder}/spec"))
-context = Context.new(declared(spec, request.fetch('properties')), request.fetch('links'), request.fetch('spec'))
-files = {}
-errors = {}
-spec.fetch('templates').map { |source, target| ["templates/#{source}", target] }.push(%w[monit monit]).each do |source, target|
-  template = ERB.new(File.read("#{folder}/#{source}"), trim_mode: '-')
-  template.filename = source
-  files[target] = template.result(context.bind)
-rescue StandardError, ScriptError => error
-  errors[target] = error.message
+def render(request)
+  folder = request.fetch('job')
+  spec = YAML.safe_load(File.read("#{folder}/spec"))
+  context = Context.new(declared(spec, request.fetch('properties')), request.fetch('links'), request.fetch('spec'))
+  files = {}
+  errors = {}
+  templates = spec.fetch('templates').map { |source, target| ["templates/#{source}", target] }
+  templates.push(%w[monit monit]).each do |source, target|
+    template = ERB.new(File.read("#{folder}/#{source}"), trim_mode: '-')
+    template.filename = source
+    files[target] = template.result(context.bind)
+  rescue StandardError, ScriptError => error
+    errors[target] = error.message
+  end
+  { 'files' => files, 'errors' => errors }
 end
-puts JSON.generate('files' => files, 'errors' => errors)
+
+$stdout.sync = true
+$stdin.each_line { |line| puts JSON.generate(render(JSON.parse(line))) }
