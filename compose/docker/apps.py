@@ -1,7 +1,7 @@
 """The demo's apps in a cell's container: attached as a container runtime does it, listed, and probed.
 
-    python -m compose.docker.apps list                    this cell's instances, as JSON
-    python -m compose.docker.apps connect HANDLE TARGET…  tries tcp:ADDRESS:PORT from inside an instance, as JSON
+python -m compose.docker.apps list                    this cell's instances, as JSON
+python -m compose.docker.apps connect HANDLE TARGET…  tries tcp:ADDRESS:PORT from inside an instance, as JSON
 """
 
 import json
@@ -18,6 +18,7 @@ from compose.lab import namespaces, probe
 from compose.lab.containers import CNI_TIMEOUT, INTERFACE, PORTS
 
 FOLDER = Path("/run/silkbus-apps")
+PLUGIN = Path("/opt/cni/bin/silkbus-cni")
 NOBODY = "65534"
 
 
@@ -42,8 +43,7 @@ class Instance:
 def attach(cell: str, app: str) -> Instance:
     """A new namespace with the app's network in it; what an earlier start left is removed. Raises AttachError."""
     handle = f"{app}-{cell}"
-    if not (FOLDER / "silkbus-cni").exists():
-        namespaces.run(["silkbus", "install-cni", str(FOLDER)])
+    FOLDER.mkdir(exist_ok=True)
     _call("DEL", handle, app)
     namespaces.delete(handle)
     namespaces.create(handle)
@@ -64,13 +64,13 @@ def _call(command: str, handle: str, app: str) -> dict[str, Any]:
         "CNI_CONTAINERID": handle,
         "CNI_NETNS": str(namespaces.path(handle)),
         "CNI_IFNAME": INTERFACE,
-        "CNI_PATH": str(FOLDER),
+        "CNI_PATH": str(PLUGIN.parent),
     }
     guid = app_guid(app)
     identity = {"policy_group_id": guid, "app_id": guid, "space_id": "demo", "org_id": "demo"}
     config = {"cniVersion": "1.0.0", "name": "silkbus", "type": "silkbus-cni", "metadata": identity}
-    done = subprocess.run(  # noqa: S603 (the plugin just installed, no shell)
-        [str(FOLDER / "silkbus-cni")],
+    done = subprocess.run(  # noqa: S603 (the image's plugin, no shell)
+        [str(PLUGIN)],
         input=json.dumps(config),
         env={**os.environ, **environment},
         capture_output=True,

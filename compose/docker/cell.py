@@ -17,7 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tenacity import AsyncRetrying, before_sleep_log, retry_if_result, stop_after_delay, wait_exponential
+from tenacity import (
+    AsyncRetrying,
+    before_sleep_log,
+    retry_if_result,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential,
+)
 
 from bus.log import about, setup
 from compose.docker import apps, health
@@ -96,17 +103,30 @@ def prepare() -> None:
 async def ready() -> None:
     """Wait until all services are. Raises tenacity.RetryError after READY_SECONDS."""
 
-    def missing() -> str:
+    def ask() -> str:
         return "; ".join(
             f"{name}: {text}" for name, socket in SOCKETS.items() if (text := health.problem(f"unix:{socket}"))
         )
+
+    async def missing() -> str:
+        return await asyncio.to_thread(ask)
 
     await AsyncRetrying(
         retry=retry_if_result(bool),
         stop=stop_after_delay(READY_SECONDS),
         wait=wait_exponential(0.1, max=1),
         before_sleep=before_sleep_log(log, logging.DEBUG),
-    )(lambda: asyncio.to_thread(missing))
+    )(missing)
+
+
+async def attached(cell: str, app: str) -> apps.Instance:
+    """An instance with its network. Raises what the last of several tries raised."""
+    return await AsyncRetrying(
+        stop=stop_after_attempt(8),
+        wait=wait_exponential(0.5, max=10),
+        before_sleep=before_sleep_log(log, logging.WARNING),
+        reraise=True,
+    )(asyncio.to_thread, apps.attach, cell, app)
 
 
 async def demo(cell: str, wanted: Sequence[str]) -> None:
@@ -114,7 +134,7 @@ async def demo(cell: str, wanted: Sequence[str]) -> None:
     await ready()
     async with asyncio.TaskGroup() as group:
         for app in wanted:
-            instance = await asyncio.to_thread(apps.attach, cell, app)
+            instance = await attached(cell, app)
             log.info("app is attached", extra=about(app=app, address=instance.address))
             group.create_task(Supervised(instance.handle, instance.command()).run())
 

@@ -1,6 +1,6 @@
 """A container's health check: asks the services at these places, and says what is missing; exit code 0 or 1.
 
-    python health.py PLACE…      unix:PATH or http:HOST:PORT, asked for /readyz; nats:HOST:PORT, which must greet
+    python health.py PLACE…      unix:SOCKET, asked for /readyz; or http:HOST:PORT/PATH
 
 Standard library only, run by its file: Docker starts it every few seconds in each container.
 """
@@ -20,7 +20,7 @@ class _Unix(http.client.HTTPConnection):
 
 
 def connection(place: str) -> http.client.HTTPConnection:
-    """To `unix:PATH` or `http:HOST:PORT`. Raises ValueError."""
+    """To `unix:SOCKET` or `http:HOST:PORT`. Raises ValueError."""
     kind, _, where = place.partition(":")
     if kind == "unix":
         unix = _Unix("localhost", timeout=TIMEOUT)
@@ -29,7 +29,7 @@ def connection(place: str) -> http.client.HTTPConnection:
     host, _, port = where.rpartition(":")
     if kind == "http" and host:
         return http.client.HTTPConnection(host, int(port), timeout=TIMEOUT)
-    raise ValueError(f"{place!r}: must be unix:PATH, http:HOST:PORT or nats:HOST:PORT")
+    raise ValueError(f"{place!r}: must be unix:SOCKET or http:HOST:PORT/PATH")
 
 
 def get(place: str, path: str) -> tuple[int, bytes]:
@@ -46,12 +46,11 @@ def get(place: str, path: str) -> tuple[int, bytes]:
 def problem(place: str) -> str | None:
     """What is missing there, or None."""
     try:
-        if place.startswith("nats:"):
-            host, _, port = place.removeprefix("nats:").rpartition(":")
-            with socket.create_connection((host, int(port)), TIMEOUT) as greeted:
-                text = greeted.recv(5)
-            return None if text == b"INFO " else f"greets with {text!r}, not as NATS does"
-        status, body = get(place, "/readyz")
+        path = "/readyz"
+        if place.startswith("http:"):
+            place, slash, rest = place.partition("/")
+            path = slash + rest or path
+        status, body = get(place, path)
         return None if status == 200 else body.decode(errors="replace").strip()
     except (OSError, ValueError, http.client.HTTPException) as error:
         return str(error) or repr(error)

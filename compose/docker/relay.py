@@ -28,7 +28,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Relay
     timeout = 10.0
 
-    def do_GET(self) -> None:  # noqa: N802 (the library's name for it)
+    def do_GET(self) -> None:
         name, _, rest = self.path.removeprefix("/").partition("/")
         socket = self.server.sockets.get(name)
         if socket is None or rest != "metrics":

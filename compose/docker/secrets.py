@@ -32,7 +32,11 @@ def app_guid(app: str) -> str:
 
 def make(out: Path, cells: tuple[str, ...]) -> None:
     """Write all of it below `out`. Raises CertificateError, OSError."""
-    Layout(out, (Server("nats", "nats"),), cells, installed=INSTALLED).write()
+    server = Server("nats", "nats")
+    layout = Layout(out, (server,), cells, installed=INSTALLED)
+    layout.write()
+    # Its own health check, for those in its container only.
+    write(layout.server_folder(server) / "container.conf", 'http: "127.0.0.1:8222"\ninclude "nats-server.conf"\n')
     _database(out)
     _tokens(out)
     _own(out)
@@ -69,7 +73,12 @@ def _kept(file: Path) -> str:
 
 def _own(out: Path) -> None:
     """Give each folder to the user that reads it. The authorities' keys and the cells' folders stay root's."""
-    folders = [out / "servers" / "nats", out / "postgres", out / "admin", *(out / "clients" / name for name in DATABASES)]
+    folders = [
+        out / "servers" / "nats",
+        out / "postgres",
+        out / "admin",
+        *(out / "clients" / name for name in DATABASES),
+    ]
     for folder in folders:
         for path in (folder, *folder.iterdir()):
             if path.stat().st_uid != SERVICE_UID:
