@@ -65,13 +65,16 @@ class Dataplane:
         self._isolation = Isolation(self._v4, self._read, lambda transactions: self._watch.wrote(transactions))
         self._flows = Flows()
         self.refresh()
-        missing = {
-            chain: rules
-            for chain, rules in fence(self._settings).items()
-            if not chain.ours or chain not in self._v4.picture.own
-        }
-        self._write(missing)
+        # Rules that stand without a hold on other plugins' containers were left when there was none of those, and none
+        # can have been admitted since.
+        guests = bool(difference(self._v4.picture, self._missing(fence(self._settings, guests=False))))
+        self._write(self._missing(fence(self._settings, guests=guests)))
         return self.kind
+
+    def _missing(self, chains: Chains) -> Chains:
+        """Those of them that the kernel may lack: not those that are ours and there, whatever they hold."""
+        own = self._v4.picture.own
+        return {chain: rules for chain, rules in chains.items() if not chain.ours or chain not in own}
 
     def refresh(self) -> None:
         """Look at the kernel anew: at the sets, and at the tables unless they are known to be as noted."""

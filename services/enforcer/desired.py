@@ -69,7 +69,8 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
     addresses = model.addresses() if everything else touched.addresses
     owned = model.addresses()
     underlay = model.underlay_of(settings.cell)
-    chains: dict[ChainId, Rules] = dict(static(settings, peers_known=True)) if everything else {}
+    # With the first container of another plugin, and after the last.
+    chains: dict[ChainId, Rules] = dict(fixed_chains(settings, model)) if everything or addresses else {}
     families: dict[str, frozenset[str]] = {}
     sources = {app: model.sources(app) for app in apps}
     local = model.apps()
@@ -119,6 +120,12 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
         subnets=model.subnets_of(settings.cell),
         released=frozenset(touched.released),
     )
+
+
+def fixed_chains(settings: EnforcerSettings, model: Model) -> Chains:
+    """The chains that stand once everything is known, whatever the policies."""
+    guests = model.guests_at(model.addresses(), settings.link_prefix)
+    return static(settings, peers_known=True, guests=bool(guests))
 
 
 def _sources_of(model: Model, app: AppId | None) -> Sources:

@@ -19,8 +19,8 @@ from bus.explaining import MAX_INSTANCES, CellAnswer, Instance, Probe, Question,
 from bus.log import about
 from bus.messages import CellName, Handle, Revision
 from bus.process import KernelThread
-from services.enforcer.desired import plan
-from services.enforcer.fixed import TAG_SET, static
+from services.enforcer.desired import fixed_chains, plan
+from services.enforcer.fixed import TAG_SET
 from services.enforcer.kernel_view import CannotLook, Held, held, marks
 from services.enforcer.model import Touched
 from services.enforcer.probe import MAX_CONTAINERS, probe
@@ -158,7 +158,7 @@ class _Asked:
                 touched.groups.add(group_of(view.packet.destination))
                 if to.app is not None:
                     touched.apps[to.app] = {}
-        return {**static(self._settings, peers_known=True), **plan(self._settings, self._model, touched).chains}
+        return {**fixed_chains(self._settings, self._model), **plan(self._settings, self._model, touched).chains}
 
     def _walk(self, view: View) -> Walk | CannotFollow:
         try:

@@ -14,7 +14,9 @@ A packet's way, in order:
   as `egress.py` says. All else from or to our links is logged (`logged.py`) and refused.
 - filter INPUT: containers may reach the services named in the settings and answer the host; the overlay may answer.
 
-A link is a container's by its name, or, where another CNI plugin made it, by its device group (`guests.py`).
+A link is a container's by its name, or, where another CNI plugin made it, by its device group (`guests.py`). Every
+packet of this host pays for rules that ask for it, so those for the group stand only where there are such containers;
+and in the fence, when none is known yet.
 
 That a flow is established is not enough between cells, since each cell sees only its own half of what happened:
 
@@ -27,6 +29,7 @@ Without the container network policy (`disable_container_network_policy`) what g
 is let through before all that; what comes from no container or cell is not, nor who says to be another.
 """
 
+from functools import lru_cache
 from itertools import product
 
 from bus.messages import Protocol
@@ -70,12 +73,16 @@ NOT_A_BEGINNING = "-p tcp -m tcp ! --syn -m conntrack --ctstate NEW"
 """The rest of a flow that was cut, which would be taken for a new one."""
 
 _LOCAL = "-m addrtype --dst-type LOCAL"
+UNTRACKED = "CT --notrack"
 
 
-def fence(settings: EnforcerSettings) -> Chains:
-    """What stands before anything is known of containers and peers: nothing new passes, what is established does."""
+def fence(settings: EnforcerSettings, *, guests: bool = True) -> Chains:
+    """What stands before anything is known of containers and peers: nothing new passes, what is established does.
+
+    Without `guests` it has no hold on links of other plugins' containers.
+    """
     empty: dict[ChainId, Rules] = {FROM: (), NAT: ()}
-    return {**static(settings, peers_known=False), **empty, TO: dispatching(())}
+    return {**static(settings, peers_known=False, guests=guests), **empty, TO: dispatching(())}
 
 
 def dispatching(steps: Rules) -> Rules:
@@ -83,16 +90,18 @@ def dispatching(steps: Rules) -> Rules:
     return (rule(NOT_A_BEGINNING, to="DROP"), *steps, rule(to=DENY_IN))
 
 
-def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
-    """The IPv4 chains that do not depend on containers or policies."""
+@lru_cache(maxsize=8)
+def static(settings: EnforcerSettings, *, peers_known: bool, guests: bool) -> Chains:
+    """The IPv4 chains that do not depend on containers or policies, but for whether any are `guests`."""
     vtep = settings.vtep_name
     link = f"{settings.link_prefix}+"
-    sources = (from_link(link), FROM_GUEST)
-    destinations = (to_link(link), TO_GUEST)
+    sources = (from_link(link), FROM_GUEST) if guests else (from_link(link),)
+    destinations = (to_link(link), TO_GUEST) if guests else (to_link(link),)
+    not_from_link = (f"! {from_link(link)}", NOT_FROM_GUEST) if guests else (f"! {from_link(link)}",)
     vxlan = f"-p udp -m udp --dport {settings.vtep_port}"
     from_overlay = [f"-s {network}" for network in settings.overlay_network]
     to_overlay = [f"-d {network}" for network in settings.overlay_network]
-    untracked = rule(to="CT --notrack")
+    untracked = rule(to=UNTRACKED)
     stranger = rule(f"-m set ! --match-set {PEER_SET} src", to="DROP")
     chains: dict[tuple[str, str], Rules] = {
         ("raw", "PREROUTING"): (
@@ -105,16 +114,14 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
             rule(vxlan, to="DROP"),
         ),
         ("raw", "sb-raw-vxlan"): (stranger, untracked) if peers_known else (untracked,),
-        ("raw", "OUTPUT"): (rule(vxlan, to="sb-raw-out"),),
-        ("raw", "sb-raw-out"): (untracked,),
+        ("raw", "OUTPUT"): (rule(vxlan, to=UNTRACKED),),
         ("mangle", "PREROUTING"): tuple(rule(source, to="sb-mark") for source in sources),
         ("mangle", "sb-mark"): (
             rule(to=f"SET --map-set {TAG_SET} src --map-mark"),
             rule("-m conntrack --ctdir REPLY", FLOW_TAGGED, to=PROVE),
         ),
-        ("mangle", "OUTPUT"): (rule(to_link(vtep), to="sb-mark-out"),),
         # What this host itself says to other cells' containers: the resets of flows that it cuts.
-        ("mangle", "sb-mark-out"): (rule(to=PROVE),),
+        ("mangle", "OUTPUT"): (rule(to_link(vtep), to=PROVE),),
         ("filter", "FORWARD"): tuple(
             rule(match, to="sb-forward") for match in (*sources, *destinations, from_link(vtep), to_link(vtep))
         ),
@@ -127,7 +134,7 @@ def static(settings: EnforcerSettings, *, peers_known: bool) -> Chains:
             rule(REVOKED, to="sb-cut"),
             # From another cell, or from somebody on the underlay who pretends to be there.
             *(
-                rule(f"! {from_link(link)}", NOT_FROM_GUEST, overlay, ANSWER, UNPROVEN, to="DROP")
+                rule(*not_from_link, overlay, ANSWER, UNPROVEN, to="DROP")
                 for overlay in from_overlay
                 if not settings.unmarked_answers
             ),

@@ -48,11 +48,21 @@ def try_send(sender: socket.socket, word: bytes, to: Box | IPv4Address | str, po
 
 def echo(kind: int, content: bytes) -> bytes:
     """An ICMP echo request (8) or reply (0), with a right checksum (RFC 792)."""
-    content += b"\0" * (len(content) % 2)
-    body = struct.pack("!HH", 0x1234, 1) + content
-    total = (kind << 8) + sum(int.from_bytes(body[n : n + 2], "big") for n in range(0, len(body), 2))
+    return icmp(kind, 0, struct.pack("!HH", 0x1234, 1) + content)
+
+
+def unreachable(sender: tuple[Box, int], receiver: tuple[Box, int], word: bytes) -> bytes:
+    """The ICMP error (RFC 792) that a UDP datagram from one to the other met a closed port; with a word to smuggle."""
+    ends = sender[0].address.packed + receiver[0].address.packed
+    quoted = struct.pack("!BBHHHBBH", 0x45, 0, 28 + len(word), 1, 0, 64, socket.IPPROTO_UDP, 0) + ends
+    return icmp(3, 3, b"\0" * 4 + quoted + struct.pack("!HHHH", sender[1], receiver[1], 8 + len(word), 0) + word)
+
+
+def icmp(kind: int, code: int, body: bytes) -> bytes:
+    body += b"\0" * (len(body) % 2)
+    total = (kind << 8) + code + sum(int.from_bytes(body[n : n + 2], "big") for n in range(0, len(body), 2))
     total = (total & 0xFFFF) + (total >> 16)
-    return struct.pack("!BBH", kind, 0, ~(total + (total >> 16)) & 0xFFFF) + body
+    return struct.pack("!BBH", kind, code, ~(total + (total >> 16)) & 0xFFFF) + body
 
 
 async def test_two_ends_cannot_open_a_datagram_flow_by_each_sending_first(two_cells: list[Cell], kind: str) -> None:
@@ -94,6 +104,64 @@ async def test_an_echo_reply_answers_only_what_was_let_in(two_cells: list[Cell],
         ends[web].sendto(echo(0, b"smuggled"), (str(api.address), 0))
         assert not heard(ends[web], b"asked")
         assert not heard(ends[api], b"smuggled")
+
+
+def raw_icmp(box: Box) -> socket.socket:
+    return bound(box, 0, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+
+
+async def test_errors_are_no_way_between_ends_that_each_sent_first(two_cells: list[Cell], kind: str) -> None:
+    """To each cell they belong to what its own container sent."""
+    near, far = two_cells
+    web, api = near.box("web"), far.box("api")
+    async with enforcing(near, kind, known=KNOWN), enforcing(far, kind, known=KNOWN):
+        client, server = bound(web, 5000), bound(api, 8080)
+        try_send(client, b"punch", api, 8080)
+        try_send(server, b"punch", web, 5000)
+        listener = raw_icmp(web)
+        raw_icmp(api).sendto(unreachable((web, 5000), (api, 8080), b"smuggled"), (str(web.address), 0))
+        assert not heard(listener, b"smuggled")
+
+
+async def test_errors_come_back_for_what_was_let_in(two_cells: list[Cell], kind: str) -> None:
+    near, far = two_cells
+    web, api = near.box("web"), far.box("api")
+    known = {**KNOWN, ("policy", "api", "web"): (udp(8080),)}
+    async with enforcing(near, kind, known=known), enforcing(far, kind, known=known):
+        with web.udp(api, 8080) as client:  # nobody listens
+            client.send(b"x")
+            with pytest.raises(ConnectionRefusedError):
+                client.recv(16)
+        # And the other way: an answer that its asker does not wait for any more.
+        listener, server = raw_icmp(api), bound(api, 8080)
+        client = bound(web, 5000)
+        client.sendto(b"asked", (str(api.address), 8080))
+        assert heard(server, b"asked")
+        client.close()
+        server.sendto(b"late", (str(web.address), 5000))
+        assert heard(listener, b"late")
+
+
+async def test_an_address_given_again_sends_no_errors_about_flows_of_its_last_container(
+    two_cells: list[Cell], kind: str
+) -> None:
+    near, far = two_cells
+    web, api = near.box("web"), far.box("api")
+    known = {**KNOWN, ("policy", "api", "web"): (udp(8080),)}
+    async with enforcing(near, kind, known=known) as enforcer, enforcing(far, kind, known=known):
+        server = bound(api, 8080)
+        try_send(bound(web, 5000), b"asked", api, 8080)
+        assert heard(server, b"asked")
+        await enforcer.reconciler.forget(web.container.handle)
+        run(f"ip -n {near.name} link del {web.link}")
+        near._box_numbers = iter([2])
+        other = near.box("db")
+        await enforcer.reconciler.admit(other.container)
+        # A flow of its own by the same ports, so that its own cell sees no harm in an error about the answer.
+        try_send(bound(other, 5000), b"mine", api, 8080)
+        listener = raw_icmp(api)
+        raw_icmp(other).sendto(unreachable((api, 8080), (other, 5000), b"smuggled"), (str(api.address), 0))
+        assert not heard(listener, b"smuggled")
 
 
 async def test_an_address_given_again_inherits_no_flow_of_another_cell(two_cells: list[Cell], kind: str) -> None:

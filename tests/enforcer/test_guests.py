@@ -75,3 +75,27 @@ async def test_the_hosts_own_uplink_is_never_taken_for_a_containers(cell: Cell, 
         assert enforcer.reconciler.faults == []
         await enforcer.reconciler.forget(near.container.handle)
     assert run(f"ip -n {cell.name} -d link show under") == before
+
+
+async def test_rules_for_them_come_with_the_first_and_go_with_the_last(cell: Cell, kind: str) -> None:
+    """A restart, too, knows of them only by those that it is told of."""
+    own = cell.box("api")
+    own.serve(8080)
+    async with enforcing(cell, kind, known=KNOWN) as enforcer:
+        assert "devgroup" not in cell.saved(kind).split("*filter")[1].split("COMMIT")[0]
+        guest = cell.box("web")
+        attach_foreign(cell, guest, "veth4711")
+        await enforcer.reconciler.admit(guest.container)
+        assert not guest.reaches(own, 8080)
+        await enforcer.allow("web", "api", tcp(8080))
+        assert guest.reaches(own, 8080)
+    async with enforcing(cell, kind, begin=False):
+        guest.serve(9090)
+        assert not own.reaches(guest, 9090)
+        assert "--src-group 0x7362" in cell.saved(kind)
+    async with enforcing(cell, kind, known=KNOWN) as enforcer:
+        assert not guest.reaches(own, 8080)
+        await enforcer.reconciler.forget(guest.container.handle)
+        cell.boxes.remove(guest)
+        assert "--src-group 0x7362" not in cell.saved(kind).split("*filter")[1].split("COMMIT")[0]
+        guest.close()

@@ -38,7 +38,7 @@ def text(chains: Chains) -> str:
 
 
 def test_the_fixed_chains_are_these() -> None:
-    assert text(static(SETTINGS, peers_known=True)) == (
+    assert text(static(SETTINGS, peers_known=True, guests=True)) == (
         "raw PREROUTING -i s-+ -j sb-raw-link\n"
         "raw PREROUTING -m devgroup --src-group 0x7362 -j sb-raw-link\n"
         "raw PREROUTING -p udp -m udp --dport 4789 -m addrtype --dst-type LOCAL -j sb-raw-vxlan\n"
@@ -46,15 +46,13 @@ def test_the_fixed_chains_are_these() -> None:
         "raw sb-raw-link -p udp -m udp --dport 4789 -j DROP\n"
         "raw sb-raw-vxlan -m set ! --match-set sb-peers src -j DROP\n"
         "raw sb-raw-vxlan -j CT --notrack\n"
-        "raw OUTPUT -p udp -m udp --dport 4789 -j sb-raw-out\n"
-        "raw sb-raw-out -j CT --notrack\n"
+        "raw OUTPUT -p udp -m udp --dport 4789 -j CT --notrack\n"
         "mangle PREROUTING -i s-+ -j sb-mark\n"
         "mangle PREROUTING -m devgroup --src-group 0x7362 -j sb-mark\n"
         "mangle sb-mark -j SET --map-set sb-tag src --map-mark\n"
         "mangle sb-mark -m conntrack --ctdir REPLY -m connmark ! --mark 0x0/0xffff -j MARK"
         " --set-xmark 0x80000/0x80000\n"
-        "mangle OUTPUT -o silk-vtep -j sb-mark-out\n"
-        "mangle sb-mark-out -j MARK --set-xmark 0x80000/0x80000\n"
+        "mangle OUTPUT -o silk-vtep -j MARK --set-xmark 0x80000/0x80000\n"
         "filter FORWARD -i s-+ -j sb-forward\n"
         "filter FORWARD -m devgroup --src-group 0x7362 -j sb-forward\n"
         "filter FORWARD -o s-+ -j sb-forward\n"
@@ -63,8 +61,8 @@ def test_the_fixed_chains_are_these() -> None:
         "filter FORWARD -o silk-vtep -j sb-forward\n"
         "filter sb-forward -m connmark --mark 0x80000000/0x80000000 -j sb-cut\n"
         "filter sb-forward ! -i s-+ -m devgroup ! --src-group 0x7362 -s 10.255.0.0/16 -m conntrack"
-        " --ctstate ESTABLISHED --ctdir REPLY -m mark ! --mark 0x80000/0x80000 -j DROP\n"
-        "filter sb-forward -m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL -m connmark ! --mark 0x0/0xffff"
+        " --ctstate RELATED,ESTABLISHED --ctdir REPLY -m mark ! --mark 0x80000/0x80000 -j DROP\n"
+        "filter sb-forward -m conntrack --ctstate RELATED,ESTABLISHED --ctdir ORIGINAL -m connmark ! --mark 0x0/0xffff"
         " -j sb-opener\n"
         "filter sb-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
         "filter sb-forward -p tcp -m conntrack --ctstate INVALID -j DROP\n"
@@ -133,9 +131,18 @@ def test_the_fixed_chains_are_these() -> None:
     assert [made.target for made in dispatch(set())] == ["DROP", "sb-deny-in"]
 
 
+def test_without_containers_of_other_plugins_no_packet_pays_for_them() -> None:
+    with_them = text(static(SETTINGS, peers_known=True, guests=True)).splitlines()
+    without = text(static(SETTINGS, peers_known=True, guests=False)).splitlines()
+    none_known = [line.replace(" -m devgroup ! --src-group 0x7362", "") for line in with_them]
+    assert without == [line for line in none_known if "devgroup" not in line or line.startswith("nat ")]
+    assert len(with_them) - len(without) == 8
+    assert "raw PREROUTING -m devgroup" in text(fence(SETTINGS)), "nobody is known yet"
+
+
 def test_beside_the_original_unmarked_answers_pass_and_nothing_else_differs() -> None:
-    ours = text(static(SETTINGS, peers_known=True)).splitlines()
-    mixed = text(static(replace(SETTINGS, unmarked_answers=True), peers_known=True)).splitlines()
+    ours = text(static(SETTINGS, peers_known=True, guests=True)).splitlines()
+    mixed = text(static(replace(SETTINGS, unmarked_answers=True), peers_known=True, guests=True)).splitlines()
     (left_out,) = [line for line in ours if line not in mixed]
     assert left_out.startswith("filter sb-forward ! -i s-+ -m devgroup ! --src-group 0x7362 -s 10.255.0.0/16")
     assert [line for line in ours if line != left_out] == mixed
@@ -143,7 +150,7 @@ def test_beside_the_original_unmarked_answers_pass_and_nothing_else_differs() ->
 
 def test_an_overlay_of_two_networks_is_both_of_them_in_each_place() -> None:
     two = replace(SETTINGS, overlay_network=(IPv4Network("10.255.0.0/16"), IPv4Network("10.250.0.0/16")))
-    one, both = text(static(SETTINGS, peers_known=True)).splitlines(), text(static(two, peers_known=True)).splitlines()
+    one, both = (text(static(each, peers_known=True, guests=True)).splitlines() for each in (SETTINGS, two))
     first = [line for line in one if "10.255.0.0/16" in line]
     assert len(first) == 5
     assert [line for line in both if line not in one] == [line.replace("10.255", "10.250") for line in first]
