@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.foundation import CfUaa, Controller, Foundation
+from tests.cli.warm import Warm
 from tests.policy.server import ADMIN_TOKEN, DELETE, POLICIES, PolicyServer
 from tests.policy.stubs import certificate
 
@@ -33,7 +34,7 @@ class Result:
 Run = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def standing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PolicyServer]:
     server = PolicyServer(tmp_path_factory.mktemp("policy"))
     server.start()
@@ -49,15 +50,25 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture(scope="package")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    made = Warm(tmp_path_factory.mktemp("warm"))
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def bare(home: Path) -> Run:
+def bare(home: Path, warm: Warm) -> Run:
     """Runs silkbus with no configuration but the environment given."""
 
     def run(*arguments: str, **environment: str) -> Result:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SILKBUS_", "XDG_", "CF_"))}
+        variables = {**kept, "HOME": str(home), **environment}
+        if not any(name.startswith("PYTHON") for name in environment):  # those Python reads when it starts
+            return Result(*warm.call(arguments, variables))
         done = subprocess.run(
             [PROGRAM, *arguments],
-            env={**kept, "HOME": str(home), **environment},
+            env=variables,
             capture_output=True,
             text=True,
             timeout=60,
@@ -91,7 +102,7 @@ def silkbus(bare: Run, environment: dict[str, str]) -> Run:
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def standing_foundation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Foundation]:
     folder = tmp_path_factory.mktemp("foundation")
     authority, files = certificate(folder)
