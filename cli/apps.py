@@ -30,7 +30,7 @@ class Apps(Protocol):
         """The one app of this name, in this org and space as far as they are given, or of this GUID."""
 
     def find_all(self, wanted: Iterable[Place]) -> dict[Place, App]:
-        """Those of the apps that there are, in as few requests as possible."""
+        """Those of the apps that there are, once each, in as few requests as possible."""
 
     def within(self, org: str | None, space: str | None) -> list[App]:
         """The apps of a space, or of an org, or all."""

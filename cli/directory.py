@@ -38,8 +38,10 @@ class Directory:
     def find_all(self, wanted: Iterable[Place]) -> dict[Place, App]:
         if self.path is None:
             raise NoNames
-        there = {Place(app.org, app.space, app.name): app for app in self.apps}
-        return {place: there[place] for place in wanted if place in there}
+        there: dict[Place, list[App]] = {}
+        for app in self.apps:
+            there.setdefault(Place(app.org, app.space, app.name), []).append(app)
+        return {place: there[place][0] for place in wanted if len(there.get(place, ())) == 1}
 
     def find(self, name: str, org: str | None, space: str | None) -> App:
         if self.path is None:
@@ -52,8 +54,12 @@ class Directory:
         if not found:
             raise NotFound(f"App '{name}' not found{place_text(org, space)}. The apps are those of {self.path}.")
         raise Failed(
-            f"App '{name}' is ambiguous: {_candidates(found)}. "
-            "Give its GUID, or name its space with -s (the destination's) or SILKBUS_SPACE (the source's)."
+            f"App '{name}' is ambiguous: {_candidates(found)}. Give its GUID"
+            + (
+                f"; or leave only one of them in {self.path}."
+                if len({(app.org, app.space) for app in found}) < len(found)
+                else ", or name its space with -s (the destination's) or SILKBUS_SPACE (the source's)."
+            )
         )
 
 

@@ -71,6 +71,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(overview())
         return 0 if arguments else USAGE
     name, *rest = arguments
+    if name in ("--version", "-v", "version"):
+        from importlib.metadata import version
+
+        sys.stdout.write(f"silkbus {version('silkbus')}\n")
+        return 0
     command = find(name)
     if command is None:
         sys.stderr.write(f"silkbus: no command {name!r}{_resembling(name)}; `silkbus --help` lists them\n")
@@ -120,6 +125,7 @@ def overview() -> str:
         lines = (f"  {name:24}{OTHERS.get(name, '')}".rstrip() + "\n" for name in found)
         text += "\nFor operators, on a cell or a server:\n" + "".join(lines)
     return text + (
+        "\n`silkbus --version` says which this is.\n"
         "\nExamples:\n"
         "  silkbus add-network-policy frontend backend --protocol tcp --port 8080\n"
         "  silkbus network-policies --source frontend\n"

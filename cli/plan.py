@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cli.apps import App, Apps, Place, place_text
 from cli.client import Policy
-from cli.errors import Failed
+from cli.errors import Failed, NotFound
 from cli.manifest import Manifest, Reference, flat
 
 Space = tuple[str, str]
@@ -93,7 +93,7 @@ def resolve(manifest: Manifest, apps: Apps, org: str | None, space: str | None) 
                 found[reference] = apps.find(reference.name, full.org or None, full.space or None)
             except Failed as error:
                 missing.append((line, str(error)))
-    for (its_org, its_space), wanted in of_space.items():
+    for wanted in of_space.values():
         try:
             there = apps.find_all(wanted)
         except Failed as error:  # no such org or space, or nobody could be asked
@@ -103,9 +103,19 @@ def resolve(manifest: Manifest, apps: Apps, org: str | None, space: str | None) 
             if place in there:
                 found[reference] = there[place]
             else:
-                text = f"App '{place.name}' not found{place_text(its_org, its_space)}."
-                missing.append((manifest.lines[reference], text))
+                missing.append((manifest.lines[reference], _why_not(apps, place)))
     if missing:
         raise Failed("\n".join(f"{manifest.file}:{line}: {text}" for line, text in sorted(missing)))
     guids = apps.known(reference.guid for reference in manifest.lines if reference.guid)
     return found | {reference: guids[reference.guid] for reference in manifest.lines if reference.guid}
+
+
+def _why_not(apps: Apps, place: Place) -> str:
+    """Why there is not one app of this full name."""
+    try:
+        apps.find(place.name, place.org, place.space)
+    except NotFound:
+        pass
+    except Failed as error:  # there are several
+        return str(error)
+    return f"App '{place.name}' not found{place_text(place.org, place.space)}."

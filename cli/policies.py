@@ -58,11 +58,12 @@ def remove(argv: list[str]) -> int:
         session = Session(arguments)
         policy, ends = _policy(session, arguments, "Removing")
         revision = None
-        if policy in session.client.policies(sources=[policy.source]):
+        existed = policy in session.client.policies(sources=[policy.source])
+        if existed:
             revision = session.client.remove([policy])
         elif arguments.output == "table":
             terminal.say("Policy does not exist.")
-        return _done(session, arguments, policy, ends, revision)
+        return _done(session, arguments, policy, ends, revision, existed=existed)
 
     return command_line.run(parser, argv, run)
 
@@ -184,12 +185,17 @@ def _policy(session: Session, arguments: argparse.Namespace, doing: str) -> tupl
 
 
 def _done(
-    session: Session, arguments: argparse.Namespace, policy: Policy, ends: tuple[App, App], revision: int | None
+    session: Session,
+    arguments: argparse.Namespace,
+    policy: Policy,
+    ends: tuple[App, App],
+    revision: int | None,
+    **more: object,
 ) -> int:
-    """Say that it is done, after waiting if that was asked for; the exit code."""
+    """Say that it is done, after waiting if that was asked for; the exit code. Programs are told `more`, too."""
     code = wait.after(session.client, arguments, revision)
     if arguments.output != "table":
-        output.structured(arguments.output, as_value(policy, *ends))
+        output.structured(arguments.output, as_value(policy, *ends) | {"revision": revision} | more)
     elif code != wait.TOO_LATE:
         terminal.ok()
     return code

@@ -152,7 +152,8 @@ class Server:
                 " by SSL_CERT_FILE=FILE, or, where nobody can listen or meddle, use --skip-ssl-validation."
             ) from None
         except ssl.SSLError as error:
-            raise Failed(f"{where}: TLS failed: {error}") from None
+            plain = " It does not seem to speak TLS: is it http://?" if error.reason == "WRONG_VERSION_NUMBER" else ""
+            raise Failed(f"{where}: TLS failed: {error}.{plain}") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             via = f" by the proxy {proxy.netloc.rpartition('@')[2]}" if proxy else ""
             raise Failed(f"{where} cannot be reached{via}: {error}. Is it up, and the URL right?") from None

@@ -251,3 +251,18 @@ def test_errors_have_a_code_of_their_own(silkbus: Run, write: Write, tmp_path: P
     refused = silkbus(command, "-f", write(BASIC), **WRONG_TOKEN)
     assert refused.code == 2
     assert "failed to verify token" in refused.err
+
+
+def test_which_of_two_apps_of_one_name_is_meant_is_not_guessed(
+    silkbus: Run, standing_server: PolicyServer, write: Write, tmp_path: Path
+) -> None:
+    """A directory that lists the old app, too, after a blue-green push."""
+    directory = tmp_path / "twice.json"
+    directory.write_text(json.dumps({"apps": [*APPS, {**APPS[1], "guid": "guid-back-old"}]}))
+    file = write("org: acme\nspace: dev\npolicies:\n- {source: front, destination: back, tcp: 80}\n")
+    for command in ("apply", "diff"):
+        result = silkbus(command, "-f", file, SILKBUS_DIRECTORY=str(directory))
+        assert (result.code, result.out) == (2, "FAILED\n")
+        assert f"{file}:4: App 'back' is ambiguous: guid-back (" in result.err
+        assert f"Give its GUID; or leave only one of them in {directory}." in result.err
+    assert present(standing_server) == set()

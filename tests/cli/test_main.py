@@ -5,7 +5,7 @@ import os
 import pty
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 from cli.main import COMMANDS, GROUP, find
@@ -151,3 +151,14 @@ def test_a_terminal_that_lacks_a_character(silkbus: Run, home: Path) -> None:
     assert silkbus("--help", **narrow).out.startswith("Usage: silkbus COMMAND [ARGUMENT\\u2026]")
     result = silkbus("network-policies", "--source", "caf\u00e9", **narrow)
     assert result.out.startswith("Listing network policies of app caf\\xe9"), result.err
+
+
+def test_it_says_which_version_it_is(bare: Run) -> None:
+    for asked in ("--version", "version"):
+        assert bare(asked) == Result(0, f"silkbus {version('silkbus')}\n", "")
+
+
+def test_https_where_http_is_spoken_is_said(silkbus: Run, environment: dict[str, str]) -> None:
+    result = silkbus("network-policies", "--api", environment["SILKBUS_API"].replace("http:", "https:"))
+    assert result.code == 1
+    assert "It does not seem to speak TLS: is it http://?" in result.err

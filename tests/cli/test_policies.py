@@ -166,3 +166,12 @@ def test_a_server_that_is_not_there(silkbus: Run, standing_server: PolicyServer)
         silkbus("network-policies", SILKBUS_API=standing_server.url + "/elsewhere"),
         "Error Code: 404\nRaw Response: 404 page not found",
     )
+
+
+def test_programs_are_told_the_revision_and_whether_there_was_anything_to_remove(silkbus: Run) -> None:
+    change = ("front", "back", "--protocol", "tcp", "--port", "80", "--output", "json")
+    added = json.loads(silkbus("add-network-policy", *change).out)
+    removed = json.loads(silkbus("remove-network-policy", *change).out)
+    assert (removed["revision"], removed["existed"]) == (added["revision"] + 1, True)
+    again = json.loads(silkbus("remove-network-policy", *change).out)
+    assert (again["revision"], again["existed"]) == (None, False)
