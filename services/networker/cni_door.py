@@ -15,7 +15,7 @@ from services.networker import cni
 from services.networker.attachments import Attachments
 from services.networker.cni import CniError, Request
 from services.networker.dns import nameservers
-from services.networker.errors import Conflict, Failed, NotAttached, Unavailable
+from services.networker.errors import Conflict, Failed, NotAttached, Rejected, Unavailable
 from services.networker.record import Attachment
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,8 @@ def _told(error: Exception) -> tuple[int, str]:
             return cni.TRY_AGAIN_LATER, str(error)
         case Conflict():
             return cni.INVALID_ENVIRONMENT, str(error)
+        case Rejected():
+            return cni.INVALID_CONFIG, str(error)
         case NotAttached():
             return cni.UNKNOWN_CONTAINER, str(error)
         case OSError():

@@ -9,6 +9,10 @@ class Failed(Exception):
     """A part of the cell refused, or answered what cannot be understood. Trying again will not help by itself."""
 
 
+class Rejected(Failed):
+    """What the caller wishes for its container (address, MAC, limits) cannot be given: it must ask otherwise."""
+
+
 class Conflict(Exception):
     """What is asked contradicts what is: the namespace is none, or the handle is attached in another way."""
 

@@ -6,7 +6,7 @@ from typing import Any
 from bus.decode import Fields, Malformed
 from bus.local import Refused, Service, Unreachable
 from bus.messages import Container, Handle
-from services.networker.errors import Failed, Unavailable
+from services.networker.errors import Conflict, Failed, Rejected, Unavailable
 from services.networker.record import Attachment, Link
 
 
@@ -25,10 +25,12 @@ class Neighbours:
         return answer.network("overlay_subnet")
 
     async def attach(self, wanted: Attachment) -> Link:
+        """Raises also Rejected or Conflict, where the silk worker finds that the caller is at fault."""
         # Not by the mount, which the silk worker sees only if it is in our mount namespace.
         netns = wanted.source or wanted.netns
         body = {"handle": wanted.handle, "netns": netns, "ifname": wanted.ifname, **wanted.wishes}
-        answer = await _call(self._silk, "POST", "/attach", body, self.attach_timeout)
+        at_fault = Rejected if wanted.wishes else Conflict
+        answer = await _call(self._silk, "POST", "/attach", body, self.attach_timeout, at_fault)
         try:
             return Link.decode(answer)
         except Malformed as error:
@@ -53,11 +55,14 @@ class Neighbours:
         await _call(self._enforcer, "POST", "/forget", {"handle": handle}, timeout)
 
 
-async def _call(service: Service, method: str, target: str, body: Any, timeout: float) -> Fields:
+async def _call(
+    service: Service, method: str, target: str, body: Any, timeout: float, at_fault: type[Exception] = Failed
+) -> Fields:
+    """`at_fault` is raised for what the service says is the caller's fault."""
     try:
         return Fields(await service.call(method, target, body, timeout=timeout), f"{service.name} {target}")
     except Unreachable as error:
         raise Unavailable(f"{error}: see that silkbus-{service.name} runs, then try again") from None
     except Refused as error:
-        kind = Unavailable if error.status == 503 else Failed
+        kind = {503: Unavailable, 400: at_fault, 409: at_fault}.get(error.status, Failed)
         raise kind(f"{service.name}: {error}") from None

@@ -100,7 +100,7 @@ def test_del_of_another_interface_leaves_ours(running: Cell) -> None:
         ("/state", ["/attach", "/admit", "/forget", "/detach"]),
     ],
 )
-@pytest.mark.parametrize(("status", "code"), [(503, 11), (500, 999), (409, 999)])
+@pytest.mark.parametrize(("status", "code"), [(503, 11), (500, 999)])
 def test_a_refusal_is_undone(running: Cell, target: str, undone: list[str], status: int, code: int) -> None:
     running.neighbours.refuse[target] = (status, "no lease yet")
     exit_code, error = running.cni("ADD")
@@ -110,6 +110,21 @@ def test_a_refusal_is_undone(running: Cell, target: str, undone: list[str], stat
     assert running.is_clean()
     running.neighbours.refuse.clear()
     assert running.cni("ADD")[0] == 0
+
+
+@pytest.mark.parametrize("status", [400, 409])
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [({"runtimeConfig": {"ips": ["10.255.30.1/24"]}}, 7), ({}, 4)],
+    ids=["an address that is not to be had", "an interface that is there already"],
+)
+def test_what_the_silk_worker_finds_to_be_the_caller_s_fault(
+    running: Cell, config: dict[str, Any], code: int, status: int
+) -> None:
+    running.neighbours.refuse["/attach"] = (status, "that cannot be")
+    exit_code, error = running.cni("ADD", config=config)
+    assert (exit_code, error["code"], error["msg"]) == (1, code, "silk: that cannot be")
+    assert running.is_clean()
 
 
 @pytest.mark.parametrize("target", ["/attach", "/admit", "/state"])
