@@ -81,9 +81,12 @@ def kind(value: Any) -> str:
     return _KINDS.get(type(value), "null")
 
 
-def go_output(value: Mapping[str, Any]) -> str:
-    """One line of JSON as Go's encoder prints it: no blanks, and `<>&` escaped, for those who put it into HTML."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+def go_output(value: Mapping[str, Any], *, sort_keys: bool = False) -> str:
+    """One line of JSON as Go's encoder prints it: no blanks, and `<>&` escaped, for those who put it into HTML.
+
+    Go sorts the keys of maps, but not the fields of structs.
+    """
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, sort_keys=sort_keys)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text + "\n"
