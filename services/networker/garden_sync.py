@@ -1,8 +1,8 @@
 """What a container is called in logs may change while it lives: Diego sets Garden's property `log_config` anew.
 
 So Garden is asked every so often (contract/cell.md 5.10), and where the property says something else than the record's
-metadata, the record gets it and the enforcer is told, whose log of traffic carries it. Nothing else is changed: a
-container that only one of both has is none of this module's business.
+metadata, the record gets it, and with it the enforcer and the metadata store. Nothing else is changed: a container that
+only one of both has is none of this module's business.
 """
 
 import asyncio

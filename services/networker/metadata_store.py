@@ -11,9 +11,7 @@ log and /readyz say so.
 """
 
 import asyncio
-import grp
 import logging
-import pwd
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,10 +38,7 @@ def owner(user: str | None, group: str | None) -> Owner | None:
         return None
     if user is None or group is None:
         raise Malformed("metadata_store_owner, metadata_store_group: set both or neither")
-    try:
-        return Owner(pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid)
-    except KeyError as error:
-        raise Malformed(f"metadata_store_owner, metadata_store_group: {error.args[0]}") from None
+    return Owner(user, group)
 
 
 class ObservedRecords(Records):

@@ -8,7 +8,9 @@ either the old content or the new.
 """
 
 import fcntl
+import grp
 import os
+import pwd
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +29,17 @@ _VERSION = re.compile(rb"\s*([0-9]{1,18})\s*")
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose the files are to be, by number."""
+    """Whose the files are to be, by name."""
 
-    user: int
-    group: int
+    user: str
+    group: str
+
+    def numbers(self) -> tuple[int, int]:
+        """Raises OSError for names that nobody has."""
+        try:
+            return pwd.getpwnam(self.user).pw_uid, grp.getgrnam(self.group).gr_gid
+        except KeyError as error:
+            raise OSError(f"the store's owner: {error.args[0]}") from None
 
 
 def entry(container: Container) -> dict[str, Any]:
@@ -74,7 +83,7 @@ class StoreFile:
         descriptor = os.open(f"{self.path}{suffix}", flags, 0o600)
         try:
             if self._owner is not None:
-                os.fchown(descriptor, self._owner.user, self._owner.group)
+                os.fchown(descriptor, *self._owner.numbers())
             yield descriptor
         finally:
             os.close(descriptor)
