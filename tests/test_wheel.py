@@ -38,7 +38,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_contents(wheel: zipfile.ZipFile) -> None:
     listed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert listed == set(listed_by_git(*PACKAGES))
+    # The BOSH release is made from the project, not installed with it.
+    assert listed == {name for name in listed_by_git(*PACKAGES) if not name.startswith("compose/bosh/")}
 
 
 def test_entry_points(wheel: zipfile.ZipFile) -> None:
