@@ -3,14 +3,14 @@
 It speaks of cells by their underlay address; a client is believed if it has a certificate of the authority, as it is by
 the original. Texts and codes are the original's, since its daemon goes by them: 409 ends it, anything else is tried
 again. Where the original errs we do not: acquiring renews, and heeds the kind that is asked for; a renewed lease that
-is not known is taken up only if it is a free one of the pool; errors are valid JSON.
+is not known is taken up only if it is a free one of the pool; leases are listed until they are ended; errors are valid
+JSON.
 """
 
 import asyncio
 import json
 import logging
 import re
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Interface
@@ -34,8 +34,6 @@ from services.silk.subnets import derived_cell
 log = logging.getLogger(__name__)
 
 MAX_BODY = 64 << 10
-LIST_SECONDS = 1.0
-"""How long a lease may be listed after its time: the end of that changes no revision."""
 _TEXT = "text/plain; charset=utf-8"
 _MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}")
 
@@ -58,7 +56,7 @@ class LeaseApi:
 
     def __init__(self, store: LeaseStore) -> None:
         self._store = store
-        self._listed: tuple[Revision, float, str] | None = None
+        self._listed: tuple[tuple[object, Revision], str] | None = None
         self._listing = asyncio.Lock()
 
     def application(self) -> Starlette:
@@ -72,15 +70,19 @@ class LeaseApi:
         return Starlette(routes=routes, exception_handlers={HTTPException: _unrouted})
 
     async def _list(self, _: Object) -> str:
-        """Each daemon asks for this every 30 s: it is made anew only when it may have changed."""
+        """Each daemon asks for this every 30 s: it is made anew only when it has changed.
+
+        A lease is listed until it is ended, as on the bus. The original lists none whose time is over; but daemons
+        drop whom they do not see, and so a jump of the database's clock would cut all cells off, which `expiry` is
+        there to prevent.
+        """
         try:
             async with self._listing:
-                revision = (await self._store.ledger.head())[1]
-                now = time.monotonic()
-                if self._listed is None or self._listed[0] != revision or now - self._listed[1] > LIST_SECONDS:
-                    leases = await self._store.active()
-                    self._listed = revision, now, _json({"leases": [_encode(lease) for lease in leases]})
-                return self._listed[2]
+                head = await self._store.ledger.head()
+                if self._listed is None or self._listed[0] != head:
+                    leases = await self._store.all()
+                    self._listed = head, _json({"leases": [_encode(lease) for lease in leases]})
+                return self._listed[1]
         except Exception as error:
             raise Failed(500, f"all-routable-leases: {error!r}") from error
 

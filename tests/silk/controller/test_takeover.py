@@ -85,7 +85,7 @@ async def test_cells_keep_their_subnets(database: EmptyDatabase, in_place: bool,
             "10.255.20.0/24 of banana",
         ]
         store = LeaseStore(ledger, TERMS)
-        assert await store.active() == sorted(report.added, key=lambda lease: lease.subnet)
+        assert await store.all() == sorted(report.added, key=lambda lease: lease.subnet)
         named = (await store.acquire(cell(5)[0], report.added[0].underlay)).result
         assert named is not None
         assert (named.cell, named.subnet) == ("cell-5", report.added[0].subnet)
@@ -113,12 +113,12 @@ async def test_a_controller_does_it_by_itself_in_the_same_database_once(database
     async with original(database) as source, open_ledger(database.url, OPTIONS) as ledger:
         await take_over_at_start(ledger, TERMS)
         store = LeaseStore(ledger, TERMS)
-        held = await store.active()
+        held = await store.all()
         assert len(held) == 2
         for lease in held:
             await store.release(lease)
         await take_over_at_start(ledger, TERMS)
-        assert await store.active() == []
+        assert await store.all() == []
         assert len(await content(source)) == len(ROWS)
 
 
