@@ -511,3 +511,47 @@ def test_originals_texts_stay_true_for_the_internal_server() -> None:
     with pytest.raises(RenderError, match=re.escape("database.name must be specified")):
         render("policy-server-internal", MUTUAL | CENTRAL_NATS, links)
     assert SILK_CONTROLLER["database.name"] == "network_connectivity"
+
+
+class TestSilkDatastoreSyncer:
+    """It has no process: the networker of its cell takes its settings."""
+
+    JOB = "silk-datastore-syncer"
+
+    def settings(self, properties: dict[str, Any], folder: Path) -> NetworkerSettings:
+        """Those with which the cell's networker starts, as its script has them."""
+        script = folder / "networker"
+        script.write_text(render(self.JOB, properties)["bin/networker"])
+        command = ["env", "-i", "bash", "-euo", "pipefail", "-c", '. "$0"; exec env -0', str(script)]
+        printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        environment = dict(each.split("=", 1) for each in printed.split("\0") if each)
+        file = folder / "networker.json"
+        file.write_text(render("garden-cni", *GOOD["garden-cni"])["config/networker.json"])
+        return load(NetworkerSettings, file, environment)
+
+    def test_the_networker_does_it(self, tmp_path: Path) -> None:
+        settings = self.settings({}, tmp_path)
+        assert settings.metadata_store == Path("/var/vcap/data/container-metadata/store.json")
+        assert (settings.metadata_store_owner, settings.metadata_store_group) == ("vcap", "vcap")
+        assert settings.garden_address == "/var/vcap/data/garden/garden.sock"
+        assert settings.garden_sync_interval == 30
+
+    def test_properties_are_heeded(self, tmp_path: Path) -> None:
+        tcp = {"garden.network": "tcp", "garden.address": "127.0.0.1:7777", "sync_interval_in_seconds": 5}
+        settings = self.settings(tcp, tmp_path)
+        assert (settings.garden_address, settings.garden_sync_interval) == ("127.0.0.1:7777", 5)
+        disabled = self.settings({"disable": True}, tmp_path)
+        assert (disabled.metadata_store, disabled.garden_address) == (None, None)
+
+    @pytest.mark.parametrize(
+        ("properties", "text"),
+        [
+            ({"garden.network": "udp"}, "garden.network: 'udp' is neither unix nor tcp"),
+            ({"garden.address": "garden.sock"}, "garden.address: 'garden.sock' is not the path of a socket"),
+            ({"garden.network": "tcp"}, "garden.address: '/var/vcap/data/garden/garden.sock' is not HOST:PORT"),
+            ({"sync_interval_in_seconds": 0}, "sync_interval_in_seconds must be an integer of at least 1, not '0'"),
+        ],
+    )
+    def test_bad_properties(self, properties: dict[str, Any], text: str) -> None:
+        with pytest.raises(RenderError, match=re.escape(text)):
+            render(self.JOB, properties)
