@@ -25,6 +25,9 @@ That a flow is established is not enough between cells, since each cell sees onl
 - The cell of the destination is not told that the source's address has another container. So what the opener of a flow
   sends must carry the tag that the flow was let in with; otherwise it is judged as a new flow.
 
+Nor is it enough between containers of one cell: somebody may have taken the rules away for a moment. So what no policy
+let in is judged as new when its opener sends, and not answered before.
+
 Without the container network policy (`disable_container_network_policy`) what goes from one overlay address to another
 is let through before all that; what comes from no container or cell is not, nor who says to be another.
 """
@@ -41,6 +44,7 @@ from services.enforcer.rules import (
     COMPARE_TAG,
     ESTABLISHED,
     FLOW_TAGGED,
+    FLOW_UNTAGGED,
     FROM_GUEST,
     FROM_OPENER,
     NEW,
@@ -139,6 +143,9 @@ def static(settings: EnforcerSettings, *, peers_known: bool, guests: bool) -> Ch
                 if not settings.unmarked_answers
             ),
             rule(FROM_OPENER, FLOW_TAGGED, to="sb-opener"),
+            # Between containers what no policy let in began while these rules were not there.
+            *(rule(*ends, FROM_OPENER, to="sb-new") for ends in product(from_overlay, destinations)),
+            *(rule(*ends, FLOW_UNTAGGED, ANSWER, to=DENY_IN) for ends in product(sources, destinations)),
             rule(ESTABLISHED, to="ACCEPT"),
             rule("-p tcp -m conntrack --ctstate INVALID", to="DROP"),
             rule(to="sb-new"),

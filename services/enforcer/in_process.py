@@ -6,6 +6,7 @@ It is an optional package (it must be compiled). Whatever it cannot do, or fails
 one system call, so what failed has changed nothing.
 """
 
+import ctypes
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -86,6 +87,9 @@ class InProcess:
         except (Locked, Unfit, self._iptc.IPTCError, self._iptc.xtables.XTablesError) as error:
             log.debug("left to iptables-restore", extra=about(reason=str(error)))
             return False
+        except Exception as error:  # noqa: BLE001 (a binding of C may raise anything, and must not end the enforcer)
+            log.warning("python-iptables failed; left to iptables-restore", extra=about(error=repr(error)))
+            return False
         return True
 
     def _commit(self, todo: list[Change]) -> None:
@@ -109,11 +113,10 @@ class InProcess:
         if len(held) != len(change.before or ()):
             raise Unfit(f"{chain.name} has {len(held)} rules, not {len(change.before or ())}")
         for position, expected in enumerate(change.removed, change.position):
-            rule = table.create_rule(held[position], chain)
-            comments = [match.comment.strip('"') for match in rule.matches if match.name == "comment"]
-            if comments != [f"sb:{expected}"]:
+            # Known by its bytes, before anything takes it apart: it may be somebody else's by now.
+            if f"sb:{expected}\0".encode() not in _bytes(held[position]):
                 raise Unfit(f"{chain.name}: rule {position + 1} is another")
-            chain.delete_rule(rule)
+            chain.delete_rule(table.create_rule(held[position], chain))
 
     def _entry(self, rule: Rule) -> Any:
         """The rule as libiptc takes it. Raises Unfit for what is not as the rules of policies are.
@@ -140,6 +143,11 @@ class InProcess:
 
 class Unfit(Exception):
     """Not for here."""
+
+
+def _bytes(entry: Any) -> bytes:
+    """An entry (struct ipt_entry) as the kernel has it."""
+    return ctypes.string_at(ctypes.addressof(entry), entry.next_offset)
 
 
 def _rules(table: Any, chain: str) -> Iterator[Any]:

@@ -355,3 +355,28 @@ async def test_ipv6_reaches_nothing(cell: Cell, kind: str) -> None:
             with suppress(OSError):
                 sender.sendto(b"smuggled", (address, 8080))
             assert not heard(listener, b"smuggled")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+async def test_what_slipped_in_while_rules_were_gone_is_judged_like_the_rest(
+    cell: Cell, kind: str, allowed: bool
+) -> None:
+    web, api = cell.box("web"), cell.box("api")
+    server = api.serve(8080)
+    async with enforcing(cell, kind, known=KNOWN) as enforcer:
+        cell.exec(f"iptables-{kind} -w -F FORWARD")
+        stream, datagrams = web.tcp(api, 8080), bound(web, 5000)
+        datagrams.connect((str(api.address), 8080))
+        assert echoes(stream)
+        assert echoes(datagrams)
+        if allowed:
+            await enforcer.allow("web", "api", tcp(8080), udp(8080))
+        await enforcer.reconciler.sync()
+        if allowed:
+            assert echoes(stream)
+            assert echoes(datagrams)
+            await enforcer.allow("web", "api")
+        server.datagram.sendto(b"pushed", (str(web.address), 5000))
+        assert not heard(datagrams, b"pushed")
+        assert is_cut(stream)
+        assert not echoes(datagrams)

@@ -108,6 +108,13 @@ def test_as_the_program_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             here.submit(mine.write, difference(mine.picture, wanted(sources))).result()
             assert used[before:] == [False]
             assert "1.2.3.4" not in ours.exec("iptables-legacy-save -t filter")
+            # Another one in the place of one of ours, so that there are as many: it is not even taken apart.
+            ours.exec(f"iptables-legacy -w -R {CHAIN.name} 1 -m recent --name x --set -j ACCEPT")
+            monkeypatch.setattr(mine._in_process._iptc.Table, "create_rule", None)  # type: ignore[union-attr]
+            del sources[min(sources)]
+            here.submit(mine.write, difference(mine.picture, wanted(sources))).result()
+            assert used[before:] == [False] * 2
+            assert "recent" not in ours.exec("iptables-legacy-save -t filter")
         finally:
             ours.close()
             theirs.close()

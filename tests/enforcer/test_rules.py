@@ -64,6 +64,18 @@ def test_the_fixed_chains_are_these() -> None:
         " --ctstate RELATED,ESTABLISHED --ctdir REPLY -m mark ! --mark 0x80000/0x80000 -j DROP\n"
         "filter sb-forward -m conntrack --ctstate RELATED,ESTABLISHED --ctdir ORIGINAL -m connmark ! --mark 0x0/0xffff"
         " -j sb-opener\n"
+        "filter sb-forward -s 10.255.0.0/16 -o s-+ -m conntrack --ctstate RELATED,ESTABLISHED --ctdir ORIGINAL"
+        " -j sb-new\n"
+        "filter sb-forward -s 10.255.0.0/16 -m devgroup --dst-group 0x7362 -m conntrack --ctstate RELATED,ESTABLISHED"
+        " --ctdir ORIGINAL -j sb-new\n"
+        "filter sb-forward -i s-+ -o s-+ -m connmark --mark 0x0/0xffff -m conntrack"
+        " --ctstate RELATED,ESTABLISHED --ctdir REPLY -j sb-deny-in\n"
+        "filter sb-forward -i s-+ -m devgroup --dst-group 0x7362 -m connmark --mark 0x0/0xffff -m conntrack"
+        " --ctstate RELATED,ESTABLISHED --ctdir REPLY -j sb-deny-in\n"
+        "filter sb-forward -m devgroup --src-group 0x7362 -o s-+ -m connmark --mark 0x0/0xffff -m conntrack"
+        " --ctstate RELATED,ESTABLISHED --ctdir REPLY -j sb-deny-in\n"
+        "filter sb-forward -m devgroup --src-group 0x7362 -m devgroup --dst-group 0x7362"
+        " -m connmark --mark 0x0/0xffff -m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY -j sb-deny-in\n"
         "filter sb-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
         "filter sb-forward -p tcp -m conntrack --ctstate INVALID -j DROP\n"
         "filter sb-forward -j sb-new\n"
@@ -136,7 +148,7 @@ def test_without_containers_of_other_plugins_no_packet_pays_for_them() -> None:
     without = text(static(SETTINGS, peers_known=True, guests=False)).splitlines()
     none_known = [line.replace(" -m devgroup ! --src-group 0x7362", "") for line in with_them]
     assert without == [line for line in none_known if "devgroup" not in line or line.startswith("nat ")]
-    assert len(with_them) - len(without) == 8
+    assert len(with_them) - len(without) == 12
     assert "raw PREROUTING -m devgroup" in text(fence(SETTINGS)), "nobody is known yet"
 
 
@@ -152,7 +164,7 @@ def test_an_overlay_of_two_networks_is_both_of_them_in_each_place() -> None:
     two = replace(SETTINGS, overlay_network=(IPv4Network("10.255.0.0/16"), IPv4Network("10.250.0.0/16")))
     one, both = (text(static(each, peers_known=True, guests=True)).splitlines() for each in (SETTINGS, two))
     first = [line for line in one if "10.255.0.0/16" in line]
-    assert len(first) == 5
+    assert len(first) == 7
     assert [line for line in both if line not in one] == [line.replace("10.255", "10.250") for line in first]
     assert [line for line in both if "10.250" not in line] == one
 
