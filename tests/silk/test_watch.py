@@ -188,3 +188,15 @@ async def test_another_mtu_of_the_underlay_is_that_of_new_containers(start: Star
     assert "mtu 1350" in sh("ip", "-n", Path(netns).name, "link", "show", "eth0")
     problems = json.dumps((await worker.call("GET", "/problems"))["problems"])
     assert "1 containers, as before, were attached with an MTU of 1450, and the overlay has 1350 now" in problems
+    sh("ip", "-n", worker.cell.name, "link", "set", "eth0", "mtu", "1500")
+    await worker.until(lambda answer: isinstance(answer, dict) and answer["mtu"] == 1450)
+
+
+async def test_an_underlay_address_that_comes_back_is_noticed(cell: TestCell) -> None:
+    watch = cell.run(cell.network.watch)
+    cell.sh("ip", "addr", "add", "10.77.0.99/24", "dev", "eth0")
+    assert not read(watch), "not the cell's"
+    cell.sh("ip", "addr", "del", "10.77.0.1/24", "dev", "eth0")
+    cell.sh("ip", "addr", "add", "10.77.0.1/24", "dev", "eth0")
+    assert read(watch).device
+    watch.close()
