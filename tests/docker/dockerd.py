@@ -40,6 +40,9 @@ else
     mkdir /sys/fs/cgroup/$name
     mount -t cgroup -o $name cgroup /sys/fs/cgroup/$name
   done
+  # runc knows processes by what /proc/PID/cgroup lists, and this hierarchy is listed.
+  mkdir /sys/fs/cgroup/systemd
+  mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd
 fi
 mount -t tmpfs tmpfs /run
 export XTABLES_LOCKFILE=/run/xtables.lock
