@@ -153,7 +153,7 @@ def write_wrapper(made: Installation) -> None:
     """`docker-compose` by its package's own Python, as in /usr/bin."""
     wrapper = made.folder / "docker-compose"
     program = f'/usr/bin/python3 {made.daemon.root}/usr/bin/docker-compose "$@"'
-    wrapper.write_text(f'#!/bin/sh\ncd "{made.folder}"\nBASE=silkbus-base exec {program}\n')
+    wrapper.write_text(f'#!/bin/sh\ncd "{made.folder}"\nBASE=silkbus/base exec {program}\n')
     wrapper.chmod(0o755)
 
 
