@@ -24,6 +24,7 @@ from bus.process import KernelThread
 from bus.records import Records
 from services.networker import inside, mounts, namespaces
 from services.networker.errors import Conflict, Failed, NotAttached, Unavailable
+from services.networker.found import attachment_of, is_leftover, same
 from services.networker.links import Links
 from services.networker.neighbours import Neighbours
 from services.networker.outbox import Outbox, event_of
@@ -82,7 +83,7 @@ class Attachments:
             except Malformed as error:
                 raise Failed(f"the container's record is unreadable; remove the container first: {error}") from None
             if existing is not None and not await self._disk.run(is_leftover, existing):
-                return await self._disk.run(_same, Attachment.of(existing), wanted)
+                return await self._disk.run(same, Attachment.of(existing), wanted)
             if (problem := await self._disk.run(namespaces.problem, wanted.source or wanted.netns)) is not None:
                 raise Conflict(problem)
             if existing is not None:
@@ -111,7 +112,7 @@ class Attachments:
             except Malformed as error:
                 log.warning("removing a container by its handle alone", extra=about(handle=handle, error=str(error)))
                 record = None
-            attachment = None if record is None else _attachment(record)
+            attachment = None if record is None else attachment_of(record)
             if attachment is not None and ifname is not None and ifname != attachment.ifname:
                 fields = about(handle=handle, ifname=ifname, attached=attachment.ifname)
                 log.info("no such interface to remove", extra=fields)
@@ -162,7 +163,7 @@ class Attachments:
             if await self._disk.run(is_leftover, record):
                 await self._take_apart(handle, record)
                 return True
-            attachment = _attachment(record)
+            attachment = attachment_of(record)
             if attachment is None or not attachment.changing:
                 return False
             await self._admit_for_good(attachment)
@@ -178,7 +179,7 @@ class Attachments:
         """
         problem: Exception | None = None
         for record in await self.all():
-            ours = _attachment(record)
+            ours = attachment_of(record)
             # One being attached may be newer than the list, and a CNI runtime knows nothing of Garden's.
             if record.stage is Stage.ATTACHING or ours is None or ours.network != network or ours.mounted:
                 continue
@@ -201,7 +202,7 @@ class Attachments:
             record = await self._disk.run(self._readable, expected.handle)
             if record is None or record.stage is not Stage.READY:
                 raise NotAttached(f"container {expected.handle} is not attached")
-            found = await self._disk.run(_same, Attachment.of(record), expected)
+            found = await self._disk.run(same, Attachment.of(record), expected)
             if (problem := await self._disk.run(namespaces.problem, found.netns)) is not None:
                 raise NotAttached(problem)
             if found.result is None and found.link is not None:
@@ -305,7 +306,7 @@ class Attachments:
                 await self._disk.run(self._records.put, replace(record, stage=Stage.REMOVING))
             except OSError as error:  # a full disk is no reason to keep a container
                 log.warning("removing a container recorded as ready", extra=about(handle=handle, error=str(error)))
-        attachment = unrecorded if record is None else _attachment(record)
+        attachment = unrecorded if record is None else attachment_of(record)
         netns = netns or (None if unrecorded is None else unrecorded.netns)
         address = None
         if record is not None:
@@ -354,41 +355,3 @@ class Attachments:
 
     async def _delete(self, handle: Handle) -> None:
         await self._disk.run(self._records.delete, handle)
-
-
-def is_leftover(record: Container) -> bool:
-    """Whether nobody can be using this container: half attached, half removed, or without a namespace. May block."""
-    if record.stage is not Stage.READY:
-        return True
-    try:
-        return namespaces.is_gone(record.netns)
-    except OSError as error:
-        log.warning("namespace cannot be looked at", extra=about(handle=record.handle, error=str(error)))
-        return False
-
-
-def needs_settling(record: Container) -> bool:
-    """Whether `settle` has something to do. May block."""
-    attachment = _attachment(record)
-    return is_leftover(record) or (attachment is not None and attachment.changing)
-
-
-def _attachment(record: Container) -> Attachment | None:
-    try:
-        return Attachment.of(record)
-    except Malformed:
-        return None
-
-
-def _same(found: Attachment, wanted: Attachment) -> Attachment:
-    """`found`, if it is what is wanted. May block. Raises Conflict."""
-    if (found.netns, found.ifname) != (wanted.netns, wanted.ifname):
-        raise Conflict(
-            f"container {found.handle} is attached already, as {found.ifname} in {found.netns}: "
-            f"remove that before attaching it as {wanted.ifname} in {wanted.netns}"
-        )
-    if wanted.source is not None and not mounts.same(wanted.source, found.netns):
-        raise Conflict(f"container {found.handle} is attached already, in another namespace: remove that first")
-    if found.link is None:
-        raise Conflict(f"container {found.handle} is ready without an address in its record: remove it first")
-    return found

@@ -64,5 +64,6 @@ async def _call(
     except Unreachable as error:
         raise Unavailable(f"{error}: see that silkbus-{service.name} runs, then try again") from None
     except Refused as error:
-        kind = {503: Unavailable, 400: at_fault, 409: at_fault}.get(error.status, Failed)
+        kinds: dict[int, type[Exception]] = {503: Unavailable, 400: at_fault, 409: at_fault}
+        kind = kinds.get(error.status, Failed)
         raise kind(f"{service.name}: {error}") from None

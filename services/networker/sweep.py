@@ -15,7 +15,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from bus.log import about
 from bus.messages import Handle
 from bus.process import KernelThread
-from services.networker.attachments import Attachments, needs_settling
+from services.networker.attachments import Attachments
+from services.networker.found import needs_settling
 
 log = logging.getLogger(__name__)
 
