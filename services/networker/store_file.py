@@ -63,7 +63,7 @@ class StoreFile:
         text = go_output({str(handle): dict(each) for handle, each in entries.items()}, sort_keys=True)
         # JSON can say half a surrogate, which UTF-8 cannot; Go reads it as U+FFFD.
         content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_folder()
         with self._open("_lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with self._open("") as data, self._open("_version") as version:
@@ -75,6 +75,14 @@ class StoreFile:
                 # Without a newline: readers do not take one for part of a number.
                 _overwrite(version, str(number + 1).encode())
         return True
+
+    def _make_folder(self) -> None:
+        """The folder, if there is none, is the owner's too: its readers are not root, and make the lock if need be."""
+        if not self.path.parent.exists():
+            owner = None if self._owner is None else self._owner.numbers()  # first, or it would stay another's
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if owner is not None:
+                os.chown(self.path.parent, *owner)
 
     @contextmanager
     def _open(self, suffix: str) -> Iterator[int]:

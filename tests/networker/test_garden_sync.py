@@ -17,7 +17,7 @@ from starlette.routing import Route
 from bus.decode import Malformed
 from bus.local import serving
 from bus.messages import Handle
-from services.networker.garden_client import check_address
+from services.networker.garden_client import GardenClient, GardenError, check_address
 from services.networker.garden_sync import identity
 from tests.networker.cell import PATIENCE, Cell, eventually
 from tests.networker.store_reader import StoreReader
@@ -176,6 +176,20 @@ def test_no_garden_at_all(cell: Cell) -> None:
     log = cell.folder / "networker.log"
     eventually("it is said", lambda: "see that Garden runs, and garden_address" in log.read_text())
     assert not cell.ended
+
+
+async def test_garden_by_tcp() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        with Guardian(listener) as guardian:
+            guardian.containers |= {"a b/c": {"log_config": NEW}, "listed": ["no", "mapping"]}
+            client = GardenClient(f"127.0.0.1:{listener.getsockname()[1]}")
+            await client.ping()
+            assert await client.handles() == {"a b/c", "listed"}
+            assert await client.properties("gone") is None
+            with pytest.raises(GardenError, match="properties of listed: must be a mapping"):
+                await client.properties("listed")
+            await client.close()
 
 
 def test_what_counts_of_a_log_config() -> None:

@@ -88,7 +88,7 @@ def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user: needs root")
 def test_the_owner(path: Path) -> None:
     StoreFile(path, metadata_store.owner("nobody", "daemon")).keep({})
-    assert {(file.owner(), file.group()) for file in path.parent.iterdir()} == {("nobody", "daemon")}
+    assert {(file.owner(), file.group()) for file in (path.parent, *path.parent.iterdir())} == {("nobody", "daemon")}
 
 
 def test_owners_that_cannot_be(path: Path) -> None:
