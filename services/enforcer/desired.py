@@ -112,7 +112,10 @@ def plan(settings: EnforcerSettings, model: Model, touched: Touched) -> Plan:
         routine=touched.routine,
         chains=chains,
         families=families,
-        tags={address: model.tag_at(address) or 0 if address in owned else None for address in addresses},
+        tags={
+            **({} if not (everything or touched.peers) else _own_tags(settings, model)),
+            **{address: model.tag_at(address) or 0 if address in owned else None for address in addresses},
+        },
         peers=model.peers() if everything or touched.peers else None,
         guests=model.guests_at(addresses, settings.link_prefix),
         underlay=underlay,
@@ -138,6 +141,13 @@ def _sources_at(settings: EnforcerSettings, model: Model, address: IPv4Address, 
     if not routed:
         return sources
     return {**sources, **{tag: (*sources.get(tag, ()), *ports) for tag, ports in routed.items()}}
+
+
+def _own_tags(settings: EnforcerSettings, model: Model) -> Mapping[IPv4Address, Tag | None]:
+    """What a router's own traffic carries: it has the first address of its lease."""
+    if not settings.ingress_router:
+        return {}
+    return dict.fromkeys((subnet[0] for subnet in model.subnets_of(settings.cell)), model.tags.get(INGRESS_ROUTER))
 
 
 def _routed(settings: EnforcerSettings, model: Model, address: IPv4Address) -> Sources:

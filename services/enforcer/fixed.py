@@ -69,7 +69,8 @@ from services.enforcer.settings import EnforcerSettings
 from services.enforcer.tree import ACCEPT_FLOW
 
 TAG_SET = "sb-tag"
-"""hash:ip with skbinfo: the address of each container of this cell -> the mark its traffic gets, 0 without a tag."""
+"""hash:ip with skbinfo: the address of each container of this cell -> the mark its traffic gets, 0 without a tag; and a
+router's own address."""
 PEER_SET = "sb-peers"
 """hash:ip: underlay addresses from which VXLAN is accepted."""
 TO = ChainId("filter", "sb-to")
@@ -124,8 +125,11 @@ def static(settings: EnforcerSettings, *, peers_known: bool, guests: bool) -> Ch
             rule(to=f"SET --map-set {TAG_SET} src --map-mark"),
             rule("-m conntrack --ctdir REPLY", FLOW_TAGGED, to=PROVE),
         ),
-        # What this host itself says to other cells' containers: the resets of flows that it cuts.
-        ("mangle", "OUTPUT"): (rule(to_link(vtep), to=PROVE),),
+        # What this host itself says to other cells' containers: a router's, and the resets of flows that it cuts.
+        ("mangle", "OUTPUT"): (
+            *([rule(to_link(vtep), to=f"SET --map-set {TAG_SET} src --map-mark")] if settings.ingress_router else []),
+            rule(to_link(vtep), to=PROVE),
+        ),
         ("filter", "FORWARD"): tuple(
             rule(match, to="sb-forward") for match in (*sources, *destinations, from_link(vtep), to_link(vtep))
         ),

@@ -181,6 +181,7 @@ class Model:
         if app == INGRESS_ROUTER:
             self.touched.groups |= self._groups.keys()
             self.touched.recheck |= self._owners.keys()
+            self.touched.peers = True  # a router's own tag
 
     def _touch_app(self, app: AppId, tags: Mapping[Tag, bool]) -> None:
         if app in self._instances:

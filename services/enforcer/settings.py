@@ -45,6 +45,9 @@ class EnforcerSettings(TrafficSettings):
     enable_overlay_ingress_rules: bool = setting(
         "let INGRESS_ROUTER reach the ports that containers' apps listen on, over the overlay", False
     )
+    ingress_router: bool = setting(
+        "this machine is a router: what it sends over the overlay itself has the tag of INGRESS_ROUTER", False
+    )
     dynamic_security_groups: bool = setting(
         "security groups as the table has them now; false: as each container's runtime gave them", True
     )

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from bus.messages import Workload
+from bus.messages import AppId, Workload, tag_key
 from services.enforcer import egress
 from services.enforcer.rules import Rule, Rules, rule
 from tests.enforcer.conftest import enforcing, tags, tcp
@@ -300,6 +300,32 @@ async def test_the_ingress_router_reaches_the_apps_ports(two_cells: list[Cell], 
         assert not echoes(stream)
     async with enforcing(near, kind, known=known), enforcing(far, kind, known=known):
         assert not router.reaches(web, 8082)
+
+
+async def test_a_machine_that_is_the_ingress_router_reaches_the_apps_ports(two_cells: list[Cell], kind: str) -> None:
+    near, machine = two_cells
+    web = of(near.box("web"), ports=(8080,))
+    for port in (8080, 8081):
+        web.serve(port)
+
+    def through(port: int) -> bool:
+        try:
+            stream = dial(machine, web.address, port, source=machine.subnet[0])
+        except OSError:
+            return False
+        with stream:
+            return echoes(stream)
+
+    known, ingress = {**KNOWN, **tags(INGRESS_ROUTER=77)}, {"enable_overlay_ingress_rules": True}
+    async with enforcing(near, kind, known=known, **ingress):
+        async with enforcing(machine, kind, known=known):
+            assert not through(8080)
+        async with enforcing(machine, kind, known=KNOWN, ingress_router=True) as router:
+            assert not through(8080), "it has no tag yet"
+            await router.tell(tags(INGRESS_ROUTER=77))
+            assert [through(port) for port in (8080, 8081)] == [True, False]
+            await router.tell({tag_key(AppId("INGRESS_ROUTER")): None})
+            assert not through(8080)
 
 
 FAULTS = {
