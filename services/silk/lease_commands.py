@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
+import yaml
 from databases import DatabaseURL
 
 from bus.decode import Malformed
@@ -32,6 +33,8 @@ from services.silk.takeover import CannotTakeOver, take_over
 PROGRAM = "silkbus silk"
 ACTOR = "silkbus silk"
 PAGE = 1000
+FORMATS = ("table", "json", "yaml")
+LINES = "lines"
 
 
 class Failed(Exception):
@@ -69,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         command("leases", "list the leases", "With the seconds since each was renewed, by the database's clock."),
         command("history", "list what became of leases, and by whom", "The oldest first."),
     ):
-        listing.add_argument("--json", action="store_true", help="one JSON object a line")
+        listing.add_argument("-o", "--output", choices=FORMATS, default="table", help="how to print them [table]")
+        listing.add_argument("--json", dest="output", action="store_const", const=LINES, help="one JSON object a line")
     commands.choices["history"].add_argument("--cell", metavar="NAME", help="of this cell only")
     release = command(
         "release",
@@ -109,9 +113,9 @@ async def _run(settings: ControllerSettings, options: argparse.Namespace) -> Non
                 case "migrate":
                     _print(*(steps or ["the schema is up to date"]))
                 case "leases":
-                    await _leases(store, options.json)
+                    await _leases(store, options.output)
                 case "history":
-                    await _history(ledger, options.cell, options.json)
+                    await _history(ledger, options.cell, options.output)
                 case "release":
                     await _release(store, options.cell)
                 case "expire":
@@ -126,14 +130,14 @@ async def _run(settings: ControllerSettings, options: argparse.Namespace) -> Non
             raise Failed(f"database {url}: {reason(error)}") from error
 
 
-async def _leases(store: LeaseStore, as_json: bool) -> None:
+async def _leases(store: LeaseStore, form: str) -> None:
     rows = await store.ledger.database.fetch_all(
         f"SELECT {COLUMNS}, acquired_at, renewed_at, {store.clock} - renewed_at AS age,"  # noqa: S608
         f" {store.ends_at} < {store.clock} AS expired FROM leases"
     )
     rows = sorted(rows, key=lambda row: IPv4Network(row["subnet"]))
-    if as_json:
-        _print(*(json.dumps(dict(row)) for row in rows))
+    if form != "table":
+        _print_values(form, [{**dict(row), "expired": bool(row["expired"])} for row in rows])
         return
     line = "{:18}  {:15}  {:>11}  {}"
     _print(line.format("SUBNET", "UNDERLAY", "RENEWED", "CELL"))
@@ -144,14 +148,17 @@ async def _leases(store: LeaseStore, as_json: bool) -> None:
         _print(line.format(row["subnet"], row["underlay"], f"{row['age']} s ago", f"{row['cell']}{note}{late}"))
 
 
-async def _history(ledger: Ledger, cell: str | None, as_json: bool) -> None:
+async def _history(ledger: Ledger, cell: str | None, form: str) -> None:
     line = "{:>9}  {:20}  {:9}  {:18}  {:15}  {:24}  {}"
-    if not as_json:
+    events = (event async for event in _events(ledger) if cell in (None, event["cell"]))
+    if form in FORMATS[1:]:
+        _print_values(form, [event async for event in events])
+        return
+    if form == "table":
         _print(line.format("REVISION", "TIME", "EVENT", "SUBNET", "UNDERLAY", "CELL", "BY"))
-    async for event in _events(ledger):
-        if cell in (None, event["cell"]):
-            columns = ("revision", "time", "event", "subnet", "underlay", "cell", "by")
-            _print(json.dumps(event) if as_json else line.format(*(event[name] for name in columns)))
+    async for event in events:
+        columns = ("revision", "time", "event", "subnet", "underlay", "cell", "by")
+        _print(json.dumps(event) if form == LINES else line.format(*(event[name] for name in columns)))
 
 
 async def _events(ledger: Ledger) -> AsyncIterator[dict[str, Any]]:
@@ -189,6 +196,16 @@ async def _import(ledger: Ledger, source: str, terms: Terms, settings: Controlle
     )
     if report.left_out:
         _print(f"  {len(report.left_out)} left out:", *(f"    {why}" for why in report.left_out))
+
+
+def _print_values(form: str, values: list[dict[str, Any]]) -> None:
+    match form:
+        case "json":
+            _print(json.dumps(values, indent=2))
+        case "yaml":
+            _print(yaml.safe_dump(values, sort_keys=False).rstrip("\n"))
+        case _:
+            _print(*map(json.dumps, values))
 
 
 def _print(*lines: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from databases import Database
 
 from bus.database import open_database
@@ -148,11 +149,12 @@ async def test_by_command_and_what_an_operator_sees(database: EmptyDatabase, tmp
         done = silkbus("import", "--from", database.url, *ours)
         assert "  2 leases taken over\n  0 were there already\n  4 left out:\n" in done.stdout
     lines = silkbus("leases", *ours).stdout.splitlines()
-    assert re.fullmatch(r"10\.255\.0\.9/32 +10\.0\.0\.6 +2\d s ago +ip-10-0-0-6", lines[1])
+    assert re.fullmatch(r"10\.255\.0\.9/32 +10\.0\.0\.6 +\d+ s ago +ip-10-0-0-6", lines[1])
     outside = silkbus("leases", *ours, overlay_network="10.1.0.0/16", lease_expiry="15").stdout
     assert "ip-10-0-0-6  (outside the pool)  (expired)\n" in outside
     listed = [json.loads(line) for line in silkbus("leases", "--json", *ours).stdout.splitlines()]
     assert [lease["subnet"] for lease in listed] == ["10.255.0.9/32", "10.255.17.0/24"]
+    assert json.loads(silkbus("leases", "-o", "json", *ours).stdout)[0]["subnet"] == "10.255.0.9/32"
     released = silkbus("release", "10.0.0.6", *ours)
     assert released.stdout == "10.255.0.9/32 of ip-10-0-0-6 at 10.0.0.6: released; it rests for 600 s\n"
     again = silkbus("release", "ip-10-0-0-6", *ours)
@@ -165,6 +167,7 @@ async def test_by_command_and_what_an_operator_sees(database: EmptyDatabase, tmp
         ("released", "10.255.0.9/32", "silkbus silk release"),
         ("expired", "10.255.17.0/24", "silkbus silk expire"),
     ]
+    assert yaml.safe_load(silkbus("history", "-o", "yaml", *ours).stdout) == history
     assert len(silkbus("history", "--cell", "ip-10-0-0-5", *ours).stdout.splitlines()) == 3
     wrong = silkbus("leases", "--database", "postgresql://nobody@127.0.0.1:9/x")
     assert wrong.returncode == 1
