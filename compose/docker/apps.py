@@ -89,8 +89,9 @@ def main(arguments: Sequence[str]) -> int:
     match arguments:
         case ["list"]:
             print(json.dumps([asdict(instance) for instance in instances()]))
-        case ["connect", handle, *targets]:
-            print(json.dumps([asdict(outcome) for outcome in probe.connect(handle, targets)]))
+        case ["connect", *targets]:
+            seen = {each.handle: probe.connect(each.handle, targets) for each in instances()}
+            print(json.dumps({handle: [asdict(outcome) for outcome in outcomes] for handle, outcomes in seen.items()}))
         case _:
             sys.stderr.write(__doc__ or "")
             return 2
