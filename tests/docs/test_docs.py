@@ -114,8 +114,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 
 NOT_PROGRAMS = {"silkbus-cni", "silkbus-garden", "silkbus-silk", "silkbus-NAME", "silkbus-nats"}
-"""Plugins, which `silkbus install-cni` and `silkbus install-garden` put where their runtime looks for them; and a job of
-the BOSH release."""
+"""Plugins, which `silkbus install-cni` and `silkbus install-garden` put where their runtime looks for them; and a job
+of the BOSH release."""
 
 
 STREAMS = {f"SILKBUS_{name}" for name in ("POLICIES", "LEASES", "CONTAINERS")}
