@@ -48,6 +48,8 @@ SWEEP_INTERVAL = 60.0
 ATTEMPTS = 5
 MAX_LOOKING = 0.1
 """Share of the time that looking for others' changes may take, where others change rules all the time."""
+LOOKING_SAVED = 60.0
+"""Seconds of which that share may be used at once: what others change now and then is put right at once."""
 
 APPLY = Histogram(
     "silkbus_enforcer_apply_seconds",
@@ -325,7 +327,7 @@ class Reconciler:
             raise
         if looked:
             ended = time.monotonic()
-            self._next_look = ended + (ended - began) / MAX_LOOKING
+            self._next_look = max(self._next_look, ended - LOOKING_SAVED) + (ended - began) / MAX_LOOKING
             self._next_sweep = ended + SWEEP_INTERVAL
         self.problem = None
         for waiter in waiting:

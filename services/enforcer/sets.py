@@ -34,7 +34,8 @@ class AddressSet:
         self.name = name
         self.marks = marks
         self._members: dict[IPv4Address, int] = {}
-        self._listing = b""
+        self._listing: bytes | None = None
+        """What the kernel said last, if it was as noted and we have changed nothing since."""
 
     def open(self) -> None:
         """Make the set if there is none, and read what it holds. Raises IpsetError (another type, say)."""
@@ -55,7 +56,6 @@ class AddressSet:
             return True
         if found == self._listing:
             return False
-        # Our own changes are in the members, not in the listing noted.
         if members(found) != self._members:
             return True
         self._listing = found
@@ -68,6 +68,8 @@ class AddressSet:
     def change(self, wanted: Mapping[IPv4Address, int | None]) -> int:
         """Set members, or take out those that are None; how many that changed. Raises IpsetError."""
         changes = {address: mark for address, mark in wanted.items() if self._members.get(address) != mark}
+        if changes:
+            self._listing = None
         if len(changes) >= BULK:
             _ipset("".join(self._line(address, mark) for address, mark in changes.items()), "restore", "-exist")
         elif changes:

@@ -74,3 +74,14 @@ async def test_what_others_do_beside_ours_is_left_alone_and_not_counted(cell: Ce
             await enforcer.settled()
         assert FOREIGN in cell.saved(kind)
         assert DRIFT._value.get() == counted
+
+
+async def test_a_set_emptied_just_after_it_was_filled_is_noticed(cell: Cell, kind: str) -> None:
+    """It is then as it was before we filled it."""
+    web, api = cell.box("web"), cell.box("api")
+    api.serve(8080)
+    known = {**tags(web=1, api=2), ("policy", "api", "web"): (tcp(8080),)}
+    async with enforcing(cell, kind, known=known):
+        cell.exec("ipset flush sb-tag")
+        await until(lambda: "skbmark" in cell.exec("ipset list sb-tag").split("Members")[1])
+        assert web.reaches(api, 8080)
