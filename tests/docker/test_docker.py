@@ -25,11 +25,11 @@ from tests.test_wheel import PACKAGES, ROOT, listed_by_git
 
 pytestmark = [
     pytest.mark.packaging,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(os.geteuid() != 0, reason="Docker's daemon needs root"),
 ]
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 CENTRE = ("nats", "postgres", "policy-server-1", "policy-server-2", "policy-server", "silk-controller")
 CELLS = ("cell-1", "cell-2", "cell-3")
 PLACED = {"cell-1": ("frontend", "backend", "db"), "cell-2": ("frontend", "cache"), "cell-3": ("backend", "cache")}
