@@ -75,11 +75,10 @@ async def test_a_cell_follows_a_server_of_the_version_before(bus: NatsServer) ->
         replica = Replica(connection, POLICIES, cache=None)
         running = asyncio.create_task(replica.run())
         try:
-            await replica.usable()
-            assert (replica.state, replica.revision) == (State.LIVE, 1)
+            await eventually(lambda: (replica.state, replica.revision) == (State.LIVE, 1), 60)
             for message in recorded.said(subjects.table_change("policies")):
                 await server.publish(message.subject, message.data)
-            await eventually(lambda: replica.revision == 3)
+            await eventually(lambda: replica.revision == 3, 60)
             assert replica.entries == LAST
             for message in recorded.said(subjects.table_heartbeat("policies")):
                 await server.publish(message.subject, message.data)
@@ -149,7 +148,7 @@ async def test_changes_and_heartbeats_have_what_the_version_before_looks_for(bus
         await asyncio.to_thread(server.start)
         with server.client() as api:
             await asyncio.to_thread(api.post, POLICIES_PATH, json=body(policy("web", "db")))
-        await eventually(lambda: set(wanted) <= set(heard))
+        await eventually(lambda: set(wanted) <= set(heard), 60)
     finally:
         server.close()
         await client.close()
