@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: demo docs plugin test unit kernel system lint setup databases clean
+.PHONY: bosh demo docs plugin test unit kernel system lint setup databases clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ kernel: setup
 
 system: setup
 	$(VENV)/bin/pytest -m system
+
+# The BOSH release: its tests, and its packages made as a compilation VM makes them, which takes two minutes more.
+bosh: setup databases
+	SILKBUS_BOSH_PACKAGES=1 $(VENV)/bin/pytest tests/bosh
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

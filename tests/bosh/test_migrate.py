@@ -193,6 +193,26 @@ def _migrate(postgresql: Server, nats_server: NatsServer, folder: Path) -> None:
         again = made.run("/var/vcap/jobs/policy-server/bin/pre-start")
         assert b"has already been changed through the API" in again.stderr
 
+        for job in ("policy-server-internal", "silk-controller"):
+            made.script(job, "dns/healthy")
+        for job in ("policy-server", "policy-server-internal", "silk-controller"):
+            made.monit(job, "stop")
+        # As after a restoring: by the script that BBR calls, but for monit, which is not here.
+        script = (made.vcap / "jobs/policy-server/bin/bbr/post-restore-unlock").read_text()
+        lines = [line for line in script.splitlines() if "monit" not in line]
+        assert b"tags can be given to new apps" in made.run("bash", "-c", "\n".join(lines)).stdout
+
+        # By UAA, as properties alone have it: it is not there, which is neither the token's fault nor an end.
+        made.deploy("policy-server", policy | {"uaa_hostname": "127.0.0.1", "uaa_port": 9, "settings": {}}, {})
+        made.start("policy-server")
+        asked = httpx.get(
+            f"http://127.0.0.1:{policy['listen_port']}/networking/v1/external/policies",
+            headers={"Authorization": "bearer t"},
+            timeout=PATIENCE,
+            trust_env=False,
+        )
+        assert asked.status_code == 503
+
 
 def _acquire(nats: str, cell: str, underlay: str) -> Lease:
     """What a new cell's worker asks on the bus."""

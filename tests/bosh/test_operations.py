@@ -1,6 +1,11 @@
 """The ops files, applied as `bosh` applies them to a manifest laid out as cf-deployment; and what vendor makes."""
 
+import hashlib
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +13,7 @@ import pytest
 import yaml
 
 from tests.bosh.deployment import CC, CERTIFICATE, KEY
+from tests.bosh.machine import machine
 from tests.bosh.release import JOBS, RELEASE, Instance, link, render
 from tests.bosh.test_running import nats_variables
 
@@ -149,3 +155,35 @@ def test_garden_calls_our_plugin_with_its_configuration(manifest: Any) -> None:
     }
     assert jobs["garden-cni"]["cni_config_dir"] == "/var/vcap/jobs/silk-cni/config/cni"
     assert jobs["vxlan-policy-agent"]["unmarked_answers"] is True
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif("SILKBUS_BOSH_PACKAGES" not in os.environ, reason="takes two minutes: make bosh")
+def test_packages_are_made_of_what_vendor_gathers(tmp_path: Path) -> None:
+    """With this Python instead of one that is built, and without any network, as on a compilation VM."""
+    source = tmp_path / "Python-3.12.99.tgz"
+    source.write_text("not looked into")
+    (tmp_path / "config").mkdir()
+    subprocess.run([RELEASE / "vendor", source, sys.executable, tmp_path], check=True, timeout=250, capture_output=True)
+    blobs = yaml.safe_load((tmp_path / "config" / "blobs.yml").read_text())
+    there = {str(file.relative_to(tmp_path / "blobs")): file for file in (tmp_path / "blobs").rglob("*.*")}
+    assert {name.split("/")[0] for name in blobs} == {"python", "wheels", "nats"}
+    for name, file in there.items():
+        assert blobs[name]["size"] == file.stat().st_size
+        assert blobs[name]["sha"] == f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    with machine(Instance(), network=True) as made:
+        shutil.rmtree(made.vcap / "packages")
+        for name, program in (("python-3.12", "python3"), ("silkbus", ""), ("nats-server", "")):
+            (made.vcap / "packages" / name / "bin").mkdir(parents=True)
+            if program:
+                (made.vcap / "packages" / name / "bin" / program).symlink_to(Path(sys.executable).resolve())
+        for name in ("silkbus", "nats-server"):
+            compiled = f"cd {tmp_path}/blobs && BOSH_INSTALL_TARGET=/var/vcap/packages/{name} bash {RELEASE}"
+            made.run("bash", "-c", f"{compiled}/packages/{name}/packaging")
+        programs = "/var/vcap/packages/silkbus/bin"
+        for program in ("silkbus-policy-server", "silkbus-enforcer", "silkbus-silk-worker", "silkbus-networker"):
+            assert b"usage: " in made.run(f"{programs}/{program}", "--help").stdout
+        plugin = made.run(f"{programs}/silkbus-garden", check=False)
+        assert b"this is a plugin for Garden-runC" in plugin.stderr
+        assert (made.vcap / "packages/silkbus/bin/silkbus-cni").exists()
+        assert b"nats-server" in made.run("/var/vcap/packages/nats-server/bin/nats-server", "--version").stdout

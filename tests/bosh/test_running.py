@@ -7,16 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from bus.certificates import Authority
 from bus.nats_config import main as nats_config
 from tests.bosh.deployment import CC, CELL_LINKS, GOOD, POLICY_SERVER
-from tests.bosh.machine import PATIENCE, Machine, eventually, machine
+from tests.bosh.machine import Machine, eventually, machine
 from tests.bosh.release import ADDRESS, RELEASE, Instance, link
-from tests.databases import Server
-from tests.nats_server import NatsServer, free_port
 
 CELL = "cf-diego-cell-0"
 CELL_JOBS = ("vxlan-policy-agent", "silk-daemon", "garden-cni")
@@ -48,74 +45,6 @@ def nats_variables(folder: Path) -> dict[str, Any]:
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-@pytest.mark.packaging
-@pytest.mark.kernel
-def test_central_jobs_on_a_database(postgresql: Server, nats_server: NatsServer, tmp_path: Path) -> None:
-    """On PostgreSQL, as the properties say, without what `settings` could set right."""
-    postgresql.sql("CREATE DATABASE bosh_policy", "CREATE DATABASE bosh_leases")
-    common = {
-        "database.type": "postgres",
-        "database.username": "silkbus",
-        "database.password": "any",
-        "database.host": "127.0.0.1",
-        "database.port": postgresql.port,
-        "nats.servers": [nats_server.url],
-    }
-    policy = common | {
-        "database.name": "bosh_policy",
-        "uaa_client_secret": "s",
-        "uaa_hostname": "127.0.0.1",
-        "uaa_port": free_port(),
-        "cc_hostname": "127.0.0.1",
-        "cc_port": free_port(),
-        "listen_ip": "127.0.0.1",
-        "listen_port": free_port(),
-        "debug_port": free_port(),
-    }
-    internal = mutual(tmp_path) | {
-        "nats.servers": [nats_server.url],
-        "internal_listen_port": free_port(),
-        "health_check_port": free_port(),
-        "debug_port": free_port(),
-    }
-    controller = (
-        common
-        | mutual(tmp_path)
-        | {
-            "database.name": "bosh_leases",
-            "listen_ip": "127.0.0.1",
-            "listen_port": free_port(),
-            "health_check_port": free_port(),
-            "debug_port": free_port(),
-        }
-    )
-    dbconn = {
-        "dbconn": link("policy-server", "dbconn", policy),
-        "tag_length": link("policy-server", "tag_length", policy),
-    }
-    with machine(Instance("api"), network=False) as made:
-        made.deploy("policy-server", policy, {})
-        made.deploy("policy-server-internal", internal, dbconn)
-        made.deploy("silk-controller", controller, {})
-        made.start("policy-server", "policy-server-internal", "silk-controller")
-        for job in ("policy-server-internal", "silk-controller"):
-            made.script(job, "dns/healthy")
-        # A token that nobody knows is not told from one of which UAA, which is not there, cannot be asked.
-        answer = httpx.get(
-            f"http://127.0.0.1:{policy['listen_port']}/networking/v1/external/policies",
-            headers={"Authorization": "bearer x"},
-            timeout=PATIENCE,
-            trust_env=False,
-        )
-        assert answer.status_code == 503
-        for job in ("policy-server", "policy-server-internal", "silk-controller"):
-            made.monit(job, "stop")
-        # As after a restoring: by the scripts that BBR calls, but for monit, which is not here.
-        script = (made.vcap / "jobs/policy-server/bin/bbr/post-restore-unlock").read_text()
-        lines = [line for line in script.splitlines() if "monit" not in line]
-        assert b"tags can be given to new apps" in made.run("bash", "-c", "\n".join(lines)).stdout
 
 
 @pytest.fixture(scope="module")

@@ -267,7 +267,7 @@ class TestPolicyServer:
     def test_one_instance_migrates(self) -> None:
         first = render("policy-server", *GOOD["policy-server"], Instance("api"))["bin/pre-start"]
         second = render("policy-server", *GOOD["policy-server"], Instance("api", 1, bootstrap=False))["bin/pre-start"]
-        assert "silkbus policy migrate" in first
+        assert "policy migrate" in first
         assert "migrate" not in second
 
 
