@@ -123,6 +123,8 @@ def installation() -> Iterator[Installation]:
         made = Installation(daemon, source(folder / "source"))
         write_wrapper(made)
         base = CACHE / f"base-{time.strftime('%Y-%W')}.tar"
+        for old in set(CACHE.glob("base-*.tar*")) - {base}:
+            old.unlink()
         daemon.run([str(made.folder / "make-base")], timeout=400, BASE_TAR=str(base))
         made.compose("build", timeout=400)
         yield made
