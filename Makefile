@@ -24,9 +24,11 @@ docs: setup
 databases:
 	@.ci/setup-databases
 
-# Two at a time, since most of them wait; those of one file in one process, since they share what they start.
+# Two at a time, since most of them wait; those of one file in one process, since they share what they start. In a folder
+# of a short name, for the path of a Unix socket may have 107 bytes.
 test: setup databases
-	$(VENV)/bin/pytest -n 2 --dist loadfile
+	@folder=$$(mktemp -d /tmp/sb.XXXXXX) && trap 'rm -rf "$$folder"' EXIT && \
+	$(VENV)/bin/pytest -n 2 --dist loadfile --basetemp="$$folder"
 
 unit: setup
 	$(VENV)/bin/pytest -m "not kernel and not system and not databases and not packaging"
