@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: bosh demo docs plugin test unit kernel system lint setup databases clean
+.PHONY: bosh demo docs plugin test unit kernel system lint setup test-packages clean
 
 setup: $(STAMP)
 
@@ -21,26 +21,26 @@ plugin: setup
 docs: setup
 	$(VENV)/bin/python -m tests.docs.settings_reference
 
-databases:
-	@.ci/setup-databases
+test-packages:
+	@.ci/setup-tests
 
 # Two at a time, since most of them wait; those of one file in one process, since they share what they start. In a folder
 # of a short name, for the path of a Unix socket may have 107 bytes.
-test: setup databases
+test: setup test-packages
 	@folder=$$(mktemp -d /tmp/sb.XXXXXX) && trap 'rm -rf "$$folder"' EXIT && \
 	$(VENV)/bin/pytest -n 2 --dist loadfile --basetemp="$$folder"
 
 unit: setup
 	$(VENV)/bin/pytest -m "not kernel and not system and not databases and not packaging"
 
-kernel: setup
+kernel: setup test-packages
 	$(VENV)/bin/pytest -m kernel
 
-system: setup
+system: setup test-packages
 	$(VENV)/bin/pytest -m system
 
 # The BOSH release: its tests, and its packages made as a compilation VM makes them, which takes two minutes more.
-bosh: setup databases
+bosh: setup test-packages
 	SILKBUS_BOSH_PACKAGES=1 $(VENV)/bin/pytest tests/bosh
 
 lint: setup

@@ -3,7 +3,7 @@
     python -m bench.policy_store [--kind sqlite|postgresql|mysql …] [--rounds N]
 
 In the store alone, and over HTTP with a server of its own; one request after the other. `longest` is how long the event
-loop did nothing else during a request of 10 000 policies. Servers come from Debian's packages (.ci/setup-databases).
+loop did nothing else during a request of 10 000 policies. Servers come from Debian's packages (.ci/setup-tests).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Real databases for tests: SQLite, and PostgreSQL and MariaDB servers from Debian's packages.
 
 The servers listen on free ports of loopback and have data folders of their own; each is started once per run and ended
-by pid. `.ci/setup-databases` installs the packages. As root the servers run as the packages' users, since both refuse
+by pid. `.ci/setup-tests` installs the packages. As root the servers run as the packages' users, since both refuse
 root. The fixture `database` runs a test once on each kind, each time with a new, empty database.
 """
 
@@ -125,7 +125,7 @@ class PostgreSQL(Server):
     @property
     def _programs(self) -> Path:
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-        assert found, "no PostgreSQL server: run .ci/setup-databases"
+        assert found, "no PostgreSQL server: run .ci/setup-tests"
         return found[-1]
 
 
@@ -140,7 +140,7 @@ class MariaDB(Server):
         self._run("mariadb", *self._client(), f"--database={database}", f"--execute={';'.join(statements)}")
 
     def _create(self) -> None:
-        assert shutil.which("mariadb-install-db"), "no MariaDB server: run .ci/setup-databases"
+        assert shutil.which("mariadb-install-db"), "no MariaDB server: run .ci/setup-tests"
         options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
         self._run("mariadb-install-db", "--no-defaults", f"--datadir={self.data}", *options)
         create = "CREATE USER IF NOT EXISTS silkbus@'127.0.0.1'"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.system
 
 def needs(*programs):
     missing = [program for program in programs if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed (see .ci/setup): {', '.join(missing)}")
+    return pytest.mark.skipif(bool(missing), reason=f"not installed (see .ci/setup-tests): {', '.join(missing)}")
 
 
 def reaches(lab, name, address):
