@@ -13,7 +13,7 @@ from bus import log as logs
 from bus import watchdog
 from bus.connection import connect
 from bus.decode import Fields, Malformed
-from bus.local import Health, application, json_body, serving_privately
+from bus.local import Health, Service, application, json_body, serving_privately
 from bus.log import about
 from bus.messages import Container, Handle, Revision, Stage, cell_name
 from bus.process import KernelThread, run
@@ -31,6 +31,7 @@ from services.enforcer.reconciler import NotReady, Reconciler
 from services.enforcer.report import Reporter
 from services.enforcer.settings import EnforcerSettings
 from services.enforcer.traffic import Traffic
+from services.enforcer.worker_leases import WorkerLeases
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def recorded(records: Records) -> list[Container]:
 
 async def serve(settings: EnforcerSettings) -> None:
     """Run the enforcer until cancelled."""
+    worker = Service("silk", settings.socket("silk"))
     kernel, counting, looking = KernelThread("kernel"), KernelThread("counters"), KernelThread("explain")
     reconciler = Reconciler(settings, kernel)
     try:
@@ -126,7 +128,11 @@ async def serve(settings: EnforcerSettings) -> None:
             settings.nats, role="cell", name=settings.cell, credentials=settings.nats_credentials
         ) as connection:
             policies = Replica(connection, POLICIES, cache=settings.cache("policies", "enforcer"))
-            leases = Replica(connection, LEASES, cache=settings.cache("leases", "enforcer"))
+            leases = (
+                WorkerLeases(worker)
+                if settings.leases_from == "worker"
+                else Replica(connection, LEASES, cache=settings.cache("leases", "enforcer"))
+            )
             groups = Replica(connection, SECURITY_GROUPS, cache=settings.cache("security_groups", "enforcer"))
             policies.listen(reconciler.update_policies)
             leases.listen(reconciler.update_leases)
@@ -162,6 +168,7 @@ async def serve(settings: EnforcerSettings) -> None:
                 reconciler.begin()
                 await asyncio.Event().wait()
     finally:
+        await worker.close()
         for thread in (kernel, counting, looking):
             thread.close()
 

@@ -38,6 +38,9 @@ class EnforcerSettings(TrafficSettings):
     vtep_port: int = setting("UDP port of VXLAN", 4789)
     link_prefix: str = setting("how the host ends of containers' links begin", "s-")
     iptables: str = setting("auto, legacy or nft", "auto")
+    leases_from: str = setting(
+        "bus, or worker: as the silk worker of this cell has them from the original's controller", "bus"
+    )
     unmarked_answers: bool = setting(
         "take answers that their cell did not mark: true only while cells of the original Silk are in the fleet", False
     )
@@ -77,6 +80,8 @@ class EnforcerSettings(TrafficSettings):
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a second class, which the zero-argument form does not know.
         TrafficSettings.__post_init__(self)
+        if self.leases_from not in ("bus", "worker"):
+            raise Malformed(f"leases_from: {self.leases_from!r} is neither bus nor worker")
         if not self.overlay_network:
             raise Malformed("overlay_network: name at least one network")
         if self.iptables not in ("auto", "legacy", "nft"):

@@ -118,8 +118,11 @@ class Cell:
         return self._tenure.lease, self._device
 
     def leases(self) -> list[Lease]:
-        """Every cell's lease, as far as known."""
-        return list(self._directory.entries.values())
+        """Every cell's lease, as far as known; our own by our name, which the original's controller does not know."""
+        known = {lease.subnet: lease for lease in self._directory.entries.values()}
+        if self._tenure is not None:
+            known[self._tenure.lease.subnet] = self._tenure.lease
+        return list(known.values())
 
     async def attach(self, wanted: Wanted) -> Attachment:
         """Raises NoLease, and what `Attachments.attach` raises."""
