@@ -72,6 +72,9 @@ async def test_cells_of_both_kinds_meet(start: Start, tmp_path: Path) -> None:
     await asyncio.to_thread(eventually, lambda: reaches(source.rpartition("/")[2], address))
     names = {lease["cell"] for lease in (await first.call("GET", "/leases"))["leases"]}
     assert names == {"cell-1", "ip-10-77-0-2"}
+    # What its enforcer asks for: its own lease is by its own name, whatever the controller calls it.
+    names = {lease["cell"] for lease in (await second.call("GET", "/leases"))["leases"]}
+    assert names == {"ip-10-77-0-1", "cell-2"}
     assert "ok" in (await second.readyz())[1]
     await _fenced_and_back(centre.controller, second)
 
