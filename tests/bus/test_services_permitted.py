@@ -95,7 +95,7 @@ def answering(cell: Connection) -> Callable[[str, bytes], None]:
     return hear
 
 
-async def explained(url: str) -> dict[str, int]:
+async def explained(url: str) -> dict[str, object]:
     """How many cells were asked about a flow, and answered; once the server knows of the lease."""
     params = {"source": "a", "destination": "b", "protocol": "tcp", "port": "80"}
     deadline = time.monotonic() + WAIT
@@ -148,7 +148,12 @@ async def test_the_services_work_and_try_nothing_that_is_not_permitted(tmp_path:
             await add_policy(f"http://127.0.0.1:{port}")
             await eventually(lambda: len(leases.entries) == 1 and len(policies.entries) == 3, WAIT)
             await cell.listen(subjects.EXPLAIN, answering(cell))
-            assert await explained(f"http://127.0.0.1:{port}") == {"asked": 1, "answered": 1, "silent": 0}
+            assert await explained(f"http://127.0.0.1:{port}") == {
+                "asked": 1,
+                "answered": 1,
+                "silent": 0,
+                "problems": [],
+            }
             async with thief(guarded, READER, "r1") as reader:
                 assert await first_event(reader, "SILKBUS_LEASES", "r1") == "silkbus.event.leases.lease.acquired"
                 assert await first_event(reader, "SILKBUS_POLICIES", "r1") == "silkbus.event.policies.policy.added"

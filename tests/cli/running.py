@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pty
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -54,7 +55,13 @@ class Running:
 @asynccontextmanager
 async def started(variables: dict[str, str], *arguments: str) -> AsyncIterator[Running]:
     process = await asyncio.create_subprocess_exec(
-        PROGRAM, *arguments, env=variables, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        PROGRAM,
+        *arguments,
+        env=variables,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        # Where tests run in the background the shell has them ignore it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield Running(process)

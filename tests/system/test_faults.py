@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from bus.tables.cache import load
 from compose.lab import matrix, namespaces
 from compose.lab.containers import CniError
 from compose.lab.matrix import Allowed
@@ -137,7 +138,11 @@ def test_strangers_rules_survive(lab, gateway):
 
 def test_without_bus_and_centre(lab, gateway):
     """A container that starts then: with a warm cache it has its policies, with a cold one it may talk to nobody."""
-    lab.settle(gateway.add(lab.rule("web", "api", 8080)).revision)
+    revision = gateway.add(lab.rule("web", "api", 8080)).revision
+    lab.settle(revision)
+    cache = lab.layout.cell_state("cell-1") / "cache" / "enforcer" / "policies.table"
+    # It is written some 50 ms after a change.
+    wait_until(lambda: (kept := load(cache, "policies")) and kept.content.revision >= revision, "the enforcer's cache")
     centre = ("policy-server", "silk-controller", "nats")
     for name in centre:
         lab.kill(name)
