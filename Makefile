@@ -2,7 +2,7 @@
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: bosh demo docs plugin test unit kernel system lint setup test-packages clean
+.PHONY: demo docs plugin test unit kernel system lint setup test-packages clean
 
 setup: $(STAMP)
 
@@ -38,10 +38,6 @@ kernel: setup test-packages
 
 system: setup test-packages
 	$(VENV)/bin/pytest -m system
-
-# The BOSH release: its tests, and its packages made as a compilation VM makes them, which takes two minutes more.
-bosh: setup test-packages
-	SILKBUS_BOSH_PACKAGES=1 $(VENV)/bin/pytest tests/bosh
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

@@ -1,7 +1,6 @@
 """The systemd units: systemd takes them as they are, and each service runs as its unit says it is run."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +33,7 @@ def unit(name: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.packaging
 @pytest.mark.parametrize("part", PARTS)
 def test_systemd_takes_the_units(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It warns of directives that it does not know, of programs that are not there, and of units that are missing."""

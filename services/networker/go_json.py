@@ -12,6 +12,7 @@ from bus.decode import Malformed
 
 _KINDS = {str: "string", bool: "bool", int: "number", float: "number", list: "array", dict: "object"}
 _GO = {"int": int, "map": dict, "slice": list, "string": str, "bool": bool}
+# The texts of Python's json.JSONDecodeError, word for word, and what Go's decoder calls the same fault.
 _EXPECTED = {
     "Expecting property name enclosed in double quotes": "looking for beginning of object key string",
     "Illegal trailing comma before end of object": "looking for beginning of object key string",

@@ -1,7 +1,6 @@
 """The ops files, applied as `bosh` applies them to a manifest laid out as cf-deployment; and what vendor makes."""
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -158,13 +157,13 @@ def test_garden_calls_our_plugin_with_its_configuration(manifest: Any) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.skipif("SILKBUS_BOSH_PACKAGES" not in os.environ, reason="takes two minutes: make bosh")
+@pytest.mark.timeout(900)
 def test_packages_are_made_of_what_vendor_gathers(tmp_path: Path) -> None:
     """With this Python instead of one that is built, and without any network, as on a compilation VM."""
     source = tmp_path / "Python-3.12.99.tgz"
     source.write_text("not looked into")
     (tmp_path / "config").mkdir()
-    subprocess.run([RELEASE / "vendor", source, sys.executable, tmp_path], check=True, timeout=250, capture_output=True)
+    subprocess.run([RELEASE / "vendor", source, sys.executable, tmp_path], check=True, timeout=600, capture_output=True)
     blobs = yaml.safe_load((tmp_path / "config" / "blobs.yml").read_text())
     there = {str(file.relative_to(tmp_path / "blobs")): file for file in (tmp_path / "blobs").rglob("*.*")}
     assert {name.split("/")[0] for name in blobs} == {"python", "wheels", "nats"}

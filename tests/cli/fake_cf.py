@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,7 @@ KINDS: dict[str, gob.Type] = {
 }
 
 
-class Server:
+class Server(ABC):
     """Each connection has a thread."""
 
     def __init__(self) -> None:
@@ -68,8 +69,9 @@ class Server:
             except (AssertionError, KeyError, OSError, gob.BadGob) as error:
                 self.problems.append(error)
 
+    @abstractmethod
     def serve(self, connection: socket.socket) -> None:
-        raise NotImplementedError
+        """Speak with one client, until it ends (EOFError)."""
 
 
 def reader(connection: socket.socket) -> Callable[[int], bytes]:

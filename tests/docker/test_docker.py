@@ -5,7 +5,6 @@ from wheels that are got before.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -23,11 +22,7 @@ import yaml
 from tests.docker.dockerd import CACHE, Dockerd, Unavailable
 from tests.test_wheel import PACKAGES, ROOT, listed_by_git
 
-pytestmark = [
-    pytest.mark.packaging,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(os.geteuid() != 0, reason="Docker's daemon needs root"),
-]
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(1500)]
 
 PATIENCE = 300.0
 CENTRE = ("nats", "postgres", "policy-server-1", "policy-server-2", "policy-server", "silk-controller")

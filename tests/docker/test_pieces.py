@@ -1,7 +1,6 @@
 """The parts of compose/docker that need no Docker: secrets, health check, the relay of metrics."""
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -86,7 +85,7 @@ def test_relay_hands_out_metrics_and_nothing_else(service: Service, tmp_path: Pa
         server.shutdown()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="it gives files to other users")
+@pytest.mark.kernel
 def test_secrets_are_made_once(tmp_path: Path) -> None:
     def content() -> dict[str, tuple[str, int, int]]:
         return {

@@ -85,7 +85,7 @@ def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
     assert victim.read_text() == "precious"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user: needs root")
+@pytest.mark.kernel
 def test_the_owner(path: Path) -> None:
     StoreFile(path, metadata_store.owner("nobody", "daemon")).keep({})
     assert {(file.owner(), file.group()) for file in (path.parent, *path.parent.iterdir())} == {("nobody", "daemon")}

@@ -3,8 +3,6 @@
 Policies hold between their containers, and between those and others, and nothing is left of them.
 """
 
-import shutil
-
 import pytest
 
 from compose.lab import namespaces
@@ -12,11 +10,6 @@ from compose.lab.probe import connect, target
 from tests.system.callers import PORT, SERVE, WAIT, Containerd, Machine, Podman, eventually
 
 pytestmark = pytest.mark.system
-
-
-def needs(*programs):
-    missing = [program for program in programs if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed (see .ci/setup-tests): {', '.join(missing)}")
 
 
 def reaches(lab, name, address):
@@ -42,7 +35,6 @@ def hold_policies(lab, gateway, inside, address):
     assert verdicts() == [False] * 7
 
 
-@needs("podman", "runc", "busybox")
 def test_podman(lab, gateway, tmp_path):
     with Machine(lab, "cell-1", tmp_path) as machine, Podman(machine) as podman:
         machine.network(apps={"pod-web": lab.guid("web"), "pod-api": lab.guid("api")})
@@ -60,7 +52,6 @@ def test_podman(lab, gateway, tmp_path):
     assert namespaces.names("cni-") == []
 
 
-@needs("containerd", "ctr", "runc", "busybox")
 def test_containerd(lab, gateway, tmp_path):
     with Machine(lab, "cell-1", tmp_path) as machine, Containerd(machine) as ctr:
         links = machine.links()
